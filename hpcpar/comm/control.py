@@ -1,0 +1,77 @@
+"""The control plane: small agreements between ranks, over MPI where there are several, torch-free."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Control(Protocol):
+    """What rank 0 and the others tell each other; every rank of the communicator must call each method."""
+
+    rank: int
+    size: int
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order. Cost: O(size) small messages in O(log size) rounds."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value."""
+        ...
+
+    def largest(self, value: int) -> int:
+        """Return the largest of all ranks' integers: how ranks agree on a stop or a failed save."""
+        ...
+
+    def barrier(self) -> None:
+        """Return when every rank has called."""
+        ...
+
+
+class Alone:
+    """The control plane of a single process."""
+
+    rank = 0
+    size = 1
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the one value."""
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+    def largest(self, value: int) -> int:
+        """Return the value."""
+        return value
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+
+class OverMPI:
+    """The control plane of an mpi4py communicator (duplicated, so that its messages never mix with tensors')."""
+
+    def __init__(self, communicator: Any):
+        self._communicator = communicator.Dup()
+        self.rank: int = communicator.Get_rank()
+        self.size: int = communicator.Get_size()
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order."""
+        gathered: list[Any] = self._communicator.allgather(value)
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value."""
+        return self._communicator.bcast(value, root=0)
+
+    def largest(self, value: int) -> int:
+        """Return the largest of all ranks' integers."""
+        gathered: list[int] = self._communicator.allgather(value)
+        return max(gathered)
+
+    def barrier(self) -> None:
+        """Return when every rank has called."""
+        self._communicator.Barrier()

@@ -1,0 +1,417 @@
+"""A torch.distributed backend over mpi4py for CPU tensors; it knows nothing of the rest of this project.
+
+    mpi_backend.register()
+    dist.init_process_group("cpu:mpi4py", store=store, rank=MPI.COMM_WORLD.rank, world_size=MPI.COMM_WORLD.size)
+    group = dist.new_group([0, 2], use_local_synchronization=True)      # called by ranks 0 and 2 only
+
+Importing this module starts MPI. torch's global rank must be the rank in the communicator given to `register`
+(MPI.COMM_WORLD unless told otherwise); every rank checks its own place when a group is made.
+
+Private or undocumented parts of torch that this leans on (tested on torch 2.11 and 2.13):
+- a `ProcessGroup` subclass returned by a registered creator takes the place of the whole group, so that a mixed
+  "cpu:mpi4py,cuda:nccl" group is not possible: make two groups. `_register_backend(cpu, CUSTOM, None)` declares the device.
+- overridden on ProcessGroup: `_allgather_base`, `_reduce_scatter_base`, `allgather_into_tensor_coalesced`,
+  `reduce_scatter_tensor_coalesced`, `alltoall_base` (2.13 calls them `all_gather_single`, `reduce_scatter_single`,
+  `..._single_coalesced`, `all_to_all_single`; both names are here), `recv_anysource`, `getBackendName`,
+  `getGroupName`, `_set_group_name`, `getGroupDesc`, `_set_group_desc` and the properties that read them.
+- overridden on Work: `_source_rank`, `get_future`.
+
+Rules that callers keep: all ranks of a group call its collectives in the same order; a tensor is not touched before
+its work is waited for. The same call gives the same bits in every run with the same MPI library.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import Tensor
+
+_RedOp = dist.ReduceOp.RedOpType
+_OPS = {
+    _RedOp.SUM: MPI.SUM, _RedOp.AVG: MPI.SUM, _RedOp.PRODUCT: MPI.PROD, _RedOp.MIN: MPI.MIN, _RedOp.MAX: MPI.MAX,
+    _RedOp.BAND: MPI.BAND, _RedOp.BOR: MPI.BOR, _RedOp.BXOR: MPI.BXOR,
+}  # fmt: skip
+# MPI has no arithmetic on 16-bit floats; torch's bool is one byte that holds 0 or 1, and its sum means "any".
+_REDUCED_AS = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.bool: torch.uint8}
+_BOOL_OPS = {**_OPS, _RedOp.SUM: MPI.MAX, _RedOp.PRODUCT: MPI.MIN}
+_MAX_UNWAITED = 64
+
+# A request in flight, and what is left to do once it is complete.
+Step = tuple[MPI.Request, Callable[[], object] | None]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a rank waits: `polls` tests that yield the core in between, then tests `sleep_s` apart.
+
+    A rank that only spins takes the core from computing ranks wherever ranks outnumber cores (measured with 8 on 2: the
+    computing one takes 3.7 times as long; sched_yield alone changes nothing). One that sleeps early keeps collectives
+    waiting, because MPI moves data only inside its own calls. 1000 polls cost about 1 ms where a rank has its own core.
+    """
+
+    polls: int = 1000
+    sleep_s: float = 50e-6
+
+    def wait(self, is_complete: Callable[[], bool], timeout_s: float) -> None:
+        """Return once `is_complete()`; raise TimeoutError after `timeout_s`."""
+        for _ in range(self.polls):
+            if is_complete():
+                return
+            os.sched_yield()
+        deadline = time.monotonic() + timeout_s
+        while not is_complete():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"an MPI operation did not complete in {timeout_s:g} s: other ranks did not arrive")
+            time.sleep(self.sleep_s)
+
+
+def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: Patience | None = None) -> None:
+    """Make `name` known to torch.distributed as a backend for CPU tensors; a second call with that name does nothing.
+
+    Rank i of torch's default group is rank i of `comm` (MPI.COMM_WORLD by default).
+    """
+    if hasattr(dist.Backend, name.upper()):
+        return
+    world, waiting = comm or MPI.COMM_WORLD, patience or Patience()
+
+    def create(options: Any, pg_options: object) -> MPIProcessGroup:
+        ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
+        if ranks[options.group_rank] != world.rank:
+            raise ValueError(
+                f"torch global rank {ranks[options.group_rank]} is rank {world.rank} of the MPI communicator; "
+                "start torch.distributed with rank=comm.rank, or register with a communicator in torch's order"
+            )
+        return MPIProcessGroup(_subset(world, ranks, options.group_id), name, options.timeout, waiting)
+
+    dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
+
+
+def _subset(world: MPI.Intracomm, ranks: Sequence[int], group_id: str) -> MPI.Intracomm:
+    """Make the communicator of `ranks`, which alone call this; the tag keeps groups made at the same time apart."""
+    tag = zlib.crc32(group_id.encode()) % (world.Get_attr(MPI.TAG_UB) or 32767)
+    everyone = world.Get_group()
+    members = everyone.Incl(ranks)
+    try:
+        return world.Create_group(members, tag)
+    finally:
+        members.Free()
+        everyone.Free()
+
+
+class MPIWork(dist.Work):
+    """One or more MPI requests, the buffers they use, and what is to be done when they are complete.
+
+    Through get_future() it completes at once: MPI calls nobody back, so there is nothing that could fulfil a future later.
+    """
+
+    def __init__(
+        self, steps: list[Step], outputs: list[Tensor], patience: Patience, timeout: timedelta, in_flight: set[MPIWork]
+    ):
+        super().__init__()
+        self._requests = [request for request, _ in steps]
+        self._finish = [finish for _, finish in steps if finish]
+        self._outputs, self._patience, self._timeout, self._in_flight = outputs, patience, timeout, in_flight
+        self._status = MPI.Status()
+        in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request
+
+    def is_completed(self) -> bool:
+        """Return whether the operation is complete, finishing it if it just became so."""
+        if not self._requests:
+            return True
+        if len(self._requests) == 1:
+            complete = self._requests[0].Test(self._status)
+        else:
+            complete = MPI.Request.Testall(self._requests)
+        if complete:
+            self._requests = []
+            for finish in self._finish:
+                finish()
+            self._finish = []
+            self._in_flight.discard(self)
+        return complete
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Complete the operation; raise TimeoutError after `timeout` (0: the group's)."""
+        self._patience.wait(self.is_completed, (timeout or self._timeout).total_seconds())
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_success(self) -> bool:
+        return self.is_completed()
+
+    def result(self) -> list[Tensor]:
+        self.wait()
+        return self._outputs
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:  # type: ignore[override]
+        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        future.set_result(self.result())
+        return future
+
+    def source_rank(self) -> int:
+        return self._status.Get_source()
+
+    _source_rank = source_rank
+
+
+class MPIProcessGroup(dist.ProcessGroup):
+    """A process group whose operations are MPI's on `comm`, which it owns and frees in `shutdown()`.
+
+    Every operation starts a non-blocking MPI one and returns its `MPIWork`, already complete if `asyncOp` is off in the
+    options. Contiguous tensors are used where they lie; others, and 16-bit floats in reductions, through a copy.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta, patience: Patience):
+        super().__init__(comm.rank, comm.size)
+        self._comm, self._backend_name, self._timeout, self._patience = comm, name, timeout, patience
+        self._group_name = self._group_desc = ""
+        self._in_flight: set[MPIWork] = set()
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, None)  # type: ignore[arg-type]
+
+    def _work(self, steps: list[Step], outputs: list[Tensor], opts: Any = None) -> MPIWork:
+        if len(self._in_flight) >= _MAX_UNWAITED:  # a caller that never waits for its sends: let go of the complete ones
+            for work in list(self._in_flight):
+                work.is_completed()
+        work = MPIWork(steps, outputs, self._patience, self._timeout, self._in_flight)
+        if opts is not None and not opts.asyncOp:
+            work.wait()
+        return work
+
+    # -- one tensor in, one tensor out: the steps that the operations below are made of
+
+    def _allreduce_step(self, tensor: Tensor, op: dist.ReduceOp) -> Step:
+        flat, mpi_op = _for_reduction(tensor, op)
+        request = self._comm.Iallreduce(MPI.IN_PLACE, flat.numpy(), mpi_op)
+        return request, lambda: _store(tensor, flat, op, self.size())
+
+    def _allgather_step(self, output: Tensor, source: Tensor) -> Step:
+        out, piece = _flat(output), _flat(source)
+        if source.dtype != output.dtype or out.numel() != piece.numel() * self.size():
+            raise ValueError(f"all-gather of {self.size()} x {_says(source)} does not fill {_says(output)}")
+        send: Any = _bytes(piece)
+        if piece.data_ptr() == out.data_ptr() + self.rank() * piece.nbytes:
+            send = MPI.IN_PLACE
+        elif _overlap(piece, out):
+            send = _bytes(piece.clone())
+        return self._comm.Iallgather(send, _bytes(out)), lambda: _store(output, out)
+
+    def _reduce_scatter_step(self, output: Tensor, source: Tensor, op: dist.ReduceOp) -> Step:
+        pieces, mpi_op = _for_reduction(source, op)
+        if source.dtype != output.dtype or pieces.numel() != output.numel() * self.size():
+            raise ValueError(f"reduce-scatter of {_says(source)} over {self.size()} does not fill {_says(output)}")
+        out = _flat(output)
+        if out.dtype != pieces.dtype or _overlap(out, pieces):
+            out = torch.empty(output.numel(), dtype=pieces.dtype)
+        request = self._comm.Ireduce_scatter_block(pieces.numpy(), out.numpy(), mpi_op)
+        return request, lambda: _store(output, out, op, self.size())
+
+    # -- collectives
+
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:  # type: ignore[override]
+        return self._work([self._allreduce_step(tensor, opts.reduceOp) for tensor in tensors], tensors, opts)
+
+    allreduce_coalesced = allreduce
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> MPIWork:  # type: ignore[override]
+        (tensor,) = tensors
+        flat = _flat(tensor)
+        return self._work([(self._comm.Ibcast(_bytes(flat), opts.rootRank), lambda: _store(tensor, flat))], tensors, opts)
+
+    def reduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:  # type: ignore[override]
+        (tensor,) = tensors
+        flat, mpi_op = _for_reduction(tensor, opts.reduceOp)
+        if self.rank() != opts.rootRank:
+            return self._work([(self._comm.Ireduce(flat.numpy(), None, mpi_op, opts.rootRank), None)], tensors, opts)
+        request = self._comm.Ireduce(MPI.IN_PLACE, flat.numpy(), mpi_op, opts.rootRank)
+        return self._work([(request, lambda: _store(tensor, flat, opts.reduceOp, self.size()))], tensors, opts)
+
+    def _allgather_base(self, output: Tensor, source: Tensor, opts: Any = None) -> MPIWork:  # type: ignore[override]
+        return self._work([self._allgather_step(output, source)], [output], opts)
+
+    def allgather_into_tensor_coalesced(  # type: ignore[override]
+        self, outputs: list[Tensor], sources: list[Tensor], opts: Any = None
+    ) -> MPIWork:
+        steps = [self._allgather_step(output, source) for output, source in zip(outputs, sources, strict=True)]
+        return self._work(steps, outputs, opts)
+
+    def allgather(self, outputs: list[list[Tensor]], sources: list[Tensor], opts: Any = None) -> MPIWork:  # type: ignore[override]
+        (pieces,), (source,) = outputs, sources
+        recv, store = _receive_into(pieces)
+        return self._work([(self._comm.Iallgatherv(_bytes(_flat(source)), recv), store)], pieces, opts)
+
+    def _reduce_scatter_base(self, output: Tensor, source: Tensor, opts: Any) -> MPIWork:  # type: ignore[override]
+        return self._work([self._reduce_scatter_step(output, source, opts.reduceOp)], [output], opts)
+
+    def reduce_scatter_tensor_coalesced(  # type: ignore[override]
+        self, outputs: list[Tensor], sources: list[Tensor], opts: Any
+    ) -> MPIWork:
+        pairs = zip(outputs, sources, strict=True)
+        return self._work([self._reduce_scatter_step(out, source, opts.reduceOp) for out, source in pairs], outputs, opts)
+
+    def reduce_scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:  # type: ignore[override]
+        (output,), (pieces,) = outputs, sources
+        flat, mpi_op = _for_reduction(torch.cat([piece.detach().reshape(-1) for piece in pieces]), opts.reduceOp)
+        out = torch.empty(output.numel(), dtype=flat.dtype)
+        counts = [piece.numel() for piece in pieces]
+        request = self._comm.Ireduce_scatter(flat.numpy(), out.numpy(), counts, mpi_op)
+        return self._work([(request, lambda: _store(output, out, opts.reduceOp, self.size()))], outputs, opts)
+
+    def gather(self, outputs: list[list[Tensor]], sources: list[Tensor], opts: Any) -> MPIWork:  # type: ignore[override]
+        (source,) = sources
+        at_root = self.rank() == opts.rootRank
+        recv, store = _receive_into(outputs[0]) if at_root else (None, None)
+        request = self._comm.Igatherv(_bytes(_flat(source)), recv, opts.rootRank)
+        return self._work([(request, store)], outputs[0] if at_root else [], opts)
+
+    def scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:  # type: ignore[override]
+        (output,) = outputs
+        send = _send_from(sources[0]) if self.rank() == opts.rootRank else None
+        out = torch.empty_like(output, memory_format=torch.contiguous_format).view(-1)
+        return self._work([(self._comm.Iscatterv(send, _bytes(out), opts.rootRank), lambda: _store(output, out))], outputs, opts)
+
+    def alltoall(self, outputs: list[Tensor], sources: list[Tensor], opts: Any = None) -> MPIWork:  # type: ignore[override]
+        recv, store = _receive_into(outputs)
+        return self._work([(self._comm.Ialltoallv(_send_from(sources), recv), store)], outputs, opts)
+
+    def alltoall_base(  # type: ignore[override]
+        self, output: Tensor, source: Tensor, output_splits: list[int], source_splits: list[int], opts: Any = None
+    ) -> MPIWork:
+        out, flat = _flat(output), _flat(source)
+        if _overlap(out, flat):
+            flat = flat.clone()
+        send = _cut(flat, _rows(source, source_splits, self.size()))
+        recv = _cut(out, _rows(output, output_splits, self.size()))
+        return self._work([(self._comm.Ialltoallv(send, recv), lambda: _store(output, out))], [output], opts)
+
+    def barrier(self, opts: Any = None) -> MPIWork:  # type: ignore[override]
+        return self._work([(self._comm.Ibarrier(), None)], [], opts)
+
+    # -- between two ranks
+
+    def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> MPIWork:  # type: ignore[override]
+        (tensor,) = tensors
+        return self._work([(self._comm.Isend(_bytes(_flat(tensor)), dst_rank, tag), None)], [])
+
+    def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> MPIWork:  # type: ignore[override]
+        (tensor,) = tensors
+        flat = _flat(tensor)
+        return self._work([(self._comm.Irecv(_bytes(flat), src_rank, tag), lambda: _store(tensor, flat))], tensors)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:  # type: ignore[override]
+        return self.recv(tensors, MPI.ANY_SOURCE, tag)
+
+    # -- life and names
+
+    def shutdown(self) -> None:
+        """Wait for what is in flight and free the communicator; all members call it. A second call does nothing."""
+        for work in list(self._in_flight):
+            work.wait()
+        if self._comm != MPI.COMM_NULL:
+            self._comm.Free()
+
+    def getBackendName(self) -> str:
+        return self._backend_name
+
+    def getGroupName(self) -> str:
+        return self._group_name
+
+    def _set_group_name(self, name: str) -> None:
+        self._group_name = name
+
+    def getGroupDesc(self) -> str:
+        return self._group_desc
+
+    def _set_group_desc(self, description: str) -> None:
+        self._group_desc = description
+
+    group_name = property(getGroupName)  # type: ignore[assignment]
+    group_desc = property(getGroupDesc)  # type: ignore[assignment]
+
+    # torch 2.13 calls these by new names.
+    all_gather_single = _allgather_base
+    reduce_scatter_single = _reduce_scatter_base
+    all_gather_single_coalesced = allgather_into_tensor_coalesced
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
+    all_to_all_single = alltoall_base
+
+
+# -- buffers
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the elements in order as one dim: a view if contiguous, else a copy."""
+    return tensor.detach().contiguous().view(-1)
+
+
+def _bytes(flat: Tensor) -> Any:
+    """Return the memory of a flat tensor as bytes, so that any dtype can travel (bfloat16 is unknown to numpy and MPI)."""
+    return flat.view(torch.uint8).numpy()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+
+
+def _says(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _for_reduction(tensor: Tensor, op: dist.ReduceOp) -> tuple[Tensor, MPI.Op]:
+    """Return the elements in a dtype that MPI can reduce (a view where possible) and the MPI operation."""
+    kind = op.op  # type: ignore[attr-defined]
+    if kind not in _OPS or (kind == _RedOp.AVG and not tensor.dtype.is_floating_point):
+        raise ValueError(f"cannot reduce {tensor.dtype} by {kind} over MPI")
+    ops = _BOOL_OPS if tensor.dtype == torch.bool else _OPS
+    return _flat(tensor.detach().to(_REDUCED_AS.get(tensor.dtype, tensor.dtype))), ops[kind]
+
+
+def _store(target: Tensor, flat: Tensor, op: dist.ReduceOp | None = None, size: int = 1) -> None:
+    """Finish an average, then copy `flat` to where it belongs unless it lies there already."""
+    if op == _RedOp.AVG:
+        flat.div_(size)
+    if flat.data_ptr() != target.data_ptr() or flat.dtype != target.dtype:
+        target.detach().copy_(flat.view(target.shape))
+
+
+def _cut(flat: Tensor, counts: Sequence[int]) -> list[Any]:
+    """Describe `flat` to MPI as consecutive pieces of `counts` elements."""
+    sizes = [count * flat.element_size() for count in counts]
+    return [_bytes(flat), (sizes, [0, *accumulate(sizes)][:-1]), MPI.BYTE]
+
+
+def _send_from(pieces: Sequence[Tensor]) -> list[Any]:
+    return _cut(torch.cat([piece.detach().reshape(-1) for piece in pieces]), [piece.numel() for piece in pieces])
+
+
+def _receive_into(pieces: Sequence[Tensor]) -> tuple[list[Any], Callable[[], object]]:
+    """Return a buffer for all the pieces, and what copies it into them."""
+    counts = [piece.numel() for piece in pieces]
+    flat = pieces[0].new_empty(sum(counts))
+
+    def store() -> None:
+        for piece, part in zip(pieces, flat.split(counts), strict=True):
+            piece.detach().copy_(part.view(piece.shape))
+
+    return _cut(flat, counts), store
+
+
+def _rows(tensor: Tensor, splits: Sequence[int], size: int) -> list[int]:
+    """Return how many elements go to each rank: rows of dim 0 as in `splits`, or equal parts."""
+    if splits:
+        row = tensor.numel() // max(tensor.shape[0], 1)
+        return [rows * row for rows in splits]
+    if tensor.shape[0] % size:
+        raise ValueError(f"all-to-all of {_says(tensor)} without splits does not divide by {size} ranks")
+    return [tensor.numel() // size] * size

@@ -1,0 +1,153 @@
+"""A job as the user wishes it: frozen dataclasses, one per table of the TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hpcpar.errors import UserError
+
+
+def option(default: Any, doc: str, low: float | None = None) -> Any:
+    """Declare one option: its default, its one-line description, and the least legal value."""
+    return field(default=default, metadata={"doc": doc, "low": low})
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network's shape."""
+
+    kind: Literal["gpt", "llama"] = option("gpt", "gpt: learned positions, LayerNorm, GELU, biases; "
+                                                  "llama: rotary positions, RMSNorm, SwiGLU, no biases")
+    layers: int = option(12, "transformer layers", 1)
+    hidden: int = option(768, "width of the residual stream", 1)
+    heads: int = option(12, "attention heads", 1)
+    kv_heads: int | None = option(None, "key/value heads (grouped-query attention); default: heads", 1)
+    ffn: int | None = option(None, "width inside the MLP; default: 4 x hidden (gpt), 8/3 x hidden up to 64 (llama)", 1)
+    seq: int = option(1024, "sequence length in tokens", 1)
+    vocab: int = option(50304, "rows of the embedding", 2)
+    tied: bool = option(True, "input and output embedding share weights")
+    dropout: float = option(0.0, "dropout on embeddings and residuals", 0)
+    init_std: float = option(0.02, "standard deviation of the initial weights", 0)
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", 1)
+
+
+@dataclass(frozen=True)
+class LayoutWish:
+    """How the job is cut over ranks; `Layout` in hpcpar.layout is what follows from it."""
+
+    tp: int = option(1, "tensor-parallel ranks", 1)
+    pp: int = option(1, "pipeline stages", 1)
+    dp: int | None = option(None, "data-parallel replicas; default: what is left of the world size", 1)
+    cp: int = option(1, "context-parallel ranks", 1)
+    ep: int = option(1, "expert-parallel ranks", 1)
+    chunks: int = option(1, "model chunks a rank (interleaving)", 1)
+    schedule: Literal["gpipe", "1f1b"] = option("1f1b", "order of a stage's forwards and backwards")
+    zero: Literal[0, 1] = option(1, "1: optimizer state is sharded over dp; 0: it is replicated")
+    sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
+    recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "
+                                                                     "attention block, the layer")
+    bucket_mib: float = option(32.0, "gradient bucket size in MiB", 0.001)
+
+
+@dataclass(frozen=True)
+class Train:
+    """What one step does, and how many there are."""
+
+    global_batch: int = option(256, "sequences a step", 1)
+    microbatch: int = option(1, "sequences a forward", 1)
+    steps: int = option(1000, "optimizer steps in all", 0)
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = option("bf16", "parameters and activations; bf16 and fp16 "
+                                                                        "keep fp32 master weights")
+    seed: int = option(1, "of weights, sample order and dropout", 0)
+    max_skips: int = option(20, "non-finite steps skipped in a row before the run fails", 0)
+    compile: bool = option(False, "torch.compile the layers' compute")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedules."""
+
+    lr: float = option(3e-4, "peak learning rate", 0)
+    min_lr: float = option(0.0, "learning rate at the end of the decay", 0)
+    betas: tuple[float, float] = option((0.9, 0.95), "Adam's two averaging factors")
+    eps: float = option(1e-8, "added to Adam's denominator", 0)
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices", 0)
+    clip: float = option(1.0, "largest global gradient norm; 0 = no clipping", 0)
+    warmup_steps: int = option(0, "steps of linear warm-up", 0)
+    decay_steps: int | None = option(None, "step at which the cosine reaches min_lr; default: train.steps", 0)
+    ramp: tuple[int, int, int] | None = option(None, "batch ramp: start and increment (sequences), over samples")
+    loss_scale: float = option(65536.0, "first loss scale (fp16 only)", 1)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the tokens come from."""
+
+    store: str | tuple[tuple[str, float], ...] = option("stores/text", "a token store, or [[path, weight], ...]")
+    validation: float = option(0.01, "share of every store held out at its end", 0)
+    validate_every: int = option(0, "steps between validations; 0 = at the end only", 0)
+    validate_samples: int = option(64, "sequences a validation", 0)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is saved, and when."""
+
+    every: int = option(100, "steps between checkpoints; 0 = only when the run stops or ends", 0)
+    keep: int = option(3, "newest sets kept; 0 = all", 0)
+    ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine that the job is meant for."""
+
+    gpu: str = option("cpu", "GPU kind, or cpu")
+    nodes: int = option(1, "nodes", 1)
+    gpus_per_node: int = option(8, "GPUs, and so ranks, a node", 1)
+
+
+@dataclass(frozen=True)
+class Submit:
+    """What Slurm is asked for."""
+
+    walltime_min: int = option(60, "time limit in minutes", 1)
+    partition: str = option("", "Slurm partition")
+    account: str = option("", "Slurm account")
+    mpi: str = option("pmi2", "srun --mpi; pip's mpich wants pmi2")
+    cpus_per_task: int = option(1, "cores a rank", 1)
+    exclude: tuple[str, ...] = option((), "hosts not to use")
+    setup: tuple[str, ...] = option((), "shell lines before the run (modules, environment)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs to know; `resolve()` returns it complete and checked."""
+
+    model: Model = field(default_factory=Model)
+    layout: LayoutWish = field(default_factory=LayoutWish)
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    data: Data = field(default_factory=Data)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    machine: Machine = field(default_factory=Machine)
+    submit: Submit = field(default_factory=Submit)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of a resolved job."""
+        layout = self.layout
+        return layout.tp * layout.pp * layout.cp * required(layout.dp)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels a head."""
+        return self.model.hidden // self.model.heads
+
+
+def required(value: int | None) -> int:
+    """Return a value that `resolve()` has filled in."""
+    if value is None:
+        raise UserError("job", "is not resolved", "call resolve() first")
+    return value

@@ -1,0 +1,130 @@
+"""A wish made complete and checked, before any rank or communicator exists."""
+
+from __future__ import annotations
+
+from hpcpar.config.job import Job, required
+from hpcpar.config.load import override
+from hpcpar.errors import UserError
+
+
+def resolve(job: Job, world_size: int | None = None) -> Job:
+    """Return `job` with every derived value filled in, or raise UserError with field, rule and nearest fix.
+
+    `world_size` is the number of ranks started; None (show, submit) takes it from dp, else from [machine].
+    """
+    model, layout = job.model, job.layout
+    kv_heads = model.kv_heads or model.heads
+    ffn = model.ffn or (4 * model.hidden if model.kind == "gpt" else -(-8 * model.hidden // (3 * 64)) * 64)
+    replica = layout.tp * layout.pp * layout.cp
+    if layout.dp is None and world_size is None:
+        on_machine = job.machine.nodes * job.machine.gpus_per_node
+        world_size = on_machine if job.machine.gpu != "cpu" else replica
+    dp = layout.dp or max(1, required(world_size) // replica)
+    decay_steps = job.train.steps if job.optim.decay_steps is None else job.optim.decay_steps
+    job = override(job, model={"kv_heads": kv_heads, "ffn": ffn}, layout={"dp": dp},
+                   optim={"decay_steps": decay_steps})
+    _check_supported(job)
+    _check_model(job)
+    _check_cuts(job)
+    _check_world(job, world_size)
+    _check_batch(job)
+    _check_optim(job)
+    return job
+
+
+def _require(holds: bool, where: str, rule: str, fix: str) -> None:
+    if not holds:
+        raise UserError(where, rule, fix)
+
+
+def nearest(wanted: int, legal: list[int]) -> str:
+    """Name the legal values around `wanted`: "nearest legal: 4 or 8"."""
+    below = [v for v in legal if v < wanted][-1:]
+    above = [v for v in legal if v > wanted][:1]
+    return "nearest legal: " + " or ".join(map(str, below + above))
+
+
+def _divisors(*numbers: int) -> list[int]:
+    return [d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)]
+
+
+def _check_supported(job: Job) -> None:
+    for name in ("cp", "ep", "chunks"):
+        value = getattr(job.layout, name)
+        _require(value == 1, f"layout.{name}", f"is {value}, but this version only runs {name} = 1",
+                 f"write {name} = 1")
+
+
+def _check_model(job: Job) -> None:
+    model, kv_heads = job.model, required(job.model.kv_heads)
+    _require(model.hidden % model.heads == 0, "model.heads",
+             f"{model.heads} does not divide model.hidden = {model.hidden}",
+             nearest(model.heads, _divisors(model.hidden)))
+    _require(kv_heads <= model.heads and model.heads % kv_heads == 0, "model.kv_heads",
+             f"{kv_heads} does not divide model.heads = {model.heads}", nearest(kv_heads, _divisors(model.heads)))
+    if model.kind == "llama":
+        _require(job.head_dim % 2 == 0, "model.heads", f"rotary positions need an even head_dim, not {job.head_dim}",
+                 "nearest legal: " + str(max(d for d in _divisors(model.hidden) if d < model.heads
+                                             and model.hidden // d % 2 == 0)) if model.hidden % 2 == 0
+                 else "choose an even model.hidden")
+    _require(model.dropout < 1, "model.dropout", f"is {model.dropout}, must be below 1", "write 0.1")
+
+
+def _check_cuts(job: Job) -> None:
+    model, layout, tp = job.model, job.layout, job.layout.tp
+    kv_heads, ffn = required(model.kv_heads), required(model.ffn)
+    legal = [t for t in _divisors(model.heads, ffn) if kv_heads % t == 0 or t % kv_heads == 0]
+    _require(tp in legal, "layout.tp", f"{tp} must divide model.heads = {model.heads} and model.ffn = {ffn}"
+             + ("" if kv_heads == model.heads else f", and divide model.kv_heads = {kv_heads} or be a multiple of it"),
+             nearest(tp, legal))
+    _require(model.vocab >= tp, "model.vocab", f"{model.vocab} is fewer rows than layout.tp = {tp}",
+             f"write vocab = {tp} or more")
+    _require(not layout.sequence_parallel or model.seq % tp == 0, "model.seq",
+             f"sequence parallelism needs seq divisible by layout.tp = {tp}, not {model.seq}",
+             f"write seq = {max(1, model.seq // tp) * tp}, or --layout.sequence_parallel false")
+    _require(layout.pp <= model.layers, "layout.pp", f"{layout.pp} stages for model.layers = {model.layers}: "
+             "every stage needs a layer", f"nearest legal: {model.layers}")
+
+
+def _check_world(job: Job, world_size: int | None) -> None:
+    layout, size = job.layout, job.world_size
+    if world_size is None or size == world_size:
+        return
+    replica = layout.tp * layout.pp * layout.cp
+    started = "1 rank was started" if world_size == 1 else f"{world_size} ranks were started"
+    fix = f"start {size} ranks (mpirun -n {size} ...)"
+    if world_size % replica == 0:
+        fix += f", or give --layout.dp {world_size // replica}"
+    elif world_size < replica:
+        fix += f", or choose tp x pp of at most {world_size}"
+    else:
+        fix += f", or a multiple of tp x pp = {replica}"
+    raise UserError("layout", f"tp {layout.tp} x pp {layout.pp} x dp {layout.dp} = {size}, but {started}", fix)
+
+
+def _check_batch(job: Job) -> None:
+    train, dp = job.train, required(job.layout.dp)
+    unit = dp * train.microbatch
+    rule = f"must be a multiple of layout.dp x train.microbatch = {dp} x {train.microbatch} = {unit}"
+    batch = train.global_batch
+    legal = [v for v in (batch // unit * unit, batch // unit * unit + unit) if v]
+    _require(batch % unit == 0, "train.global_batch", f"{batch} {rule}", nearest(batch, legal))
+    if job.optim.ramp is not None:
+        start, increment, samples = job.optim.ramp
+        _require(0 < start <= batch and increment > 0 and samples >= 0 and (batch - start) % increment == 0, "optim.ramp",
+                 f"{list(job.optim.ramp)} must go from start to global_batch = {batch} in whole increments",
+                 f"for example [{unit}, {unit}, {10 * batch}]")
+        for name, value in (("start", start), ("increment", increment)):
+            _require(value % unit == 0, "optim.ramp", f"its {name} {value} {rule}",
+                     nearest(value, [v for v in (value // unit * unit, value // unit * unit + unit) if v]))
+
+
+def _check_optim(job: Job) -> None:
+    optim, data = job.optim, job.data
+    _require(all(0 <= b < 1 for b in optim.betas), "optim.betas", f"{list(optim.betas)} must lie in [0, 1)",
+             "write [0.9, 0.95]")
+    _require(optim.min_lr <= optim.lr, "optim.min_lr", f"{optim.min_lr} is above optim.lr = {optim.lr}",
+             f"write min_lr = {optim.lr / 10:g}")
+    _require(data.validation < 1, "data.validation", f"is {data.validation}, must be below 1", "write 0.01")
+    _require(job.checkpoint.ranks_per_file <= job.world_size, "checkpoint.ranks_per_file",
+             f"is {job.checkpoint.ranks_per_file}, more than the {job.world_size} ranks", f"write {job.world_size}")

@@ -1,0 +1,57 @@
+"""Where a run keeps what: the names inside a run folder, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder; nothing is created until `create()`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved job."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """One text file a rank."""
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Published sets, `step-00000100/` each."""
+        return self.path / "checkpoints"
+
+    @property
+    def failure(self) -> Path:
+        """The root cause of a failed run."""
+        return self.path / "failure.json"
+
+    @property
+    def stop(self) -> Path:
+        """Created by anyone to make the run save and stop."""
+        return self.path / "STOP"
+
+    @property
+    def timeline(self) -> Path:
+        """What every stage did when, in the last step."""
+        return self.path / "timeline.json"
+
+    def log(self, global_rank: int) -> Path:
+        """A rank's log."""
+        return self.logs / f"rank-{global_rank:05d}.log"
+
+    def create(self) -> None:
+        """Make the folder and its parts."""
+        for folder in (self.path, self.logs, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)

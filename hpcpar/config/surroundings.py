@@ -1,0 +1,38 @@
+"""What the process's environment says, read once at the door and handed down as a value."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where this process was started, as launchers and schedulers tell it through the environment."""
+
+    host: str
+    num_tasks: int = 1  # ranks that the launcher or scheduler says it started
+    launcher: str = ""  # "srun", "mpirun", or "" for a process started by hand
+    job_id: str = ""
+    local_rank: int = 0
+    gpus: bool = True  # False: HPCPAR_CPU=1 keeps a GPU machine's ranks on CPU
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Surroundings:
+        """Read the variables of Slurm, MPICH (hydra), Open MPI and PMIx from `environment`."""
+
+        def number(*names: str) -> int:
+            return next((int(environment[n]) for n in names if environment.get(n, "").isdigit()), 0)
+
+        under_mpirun = number("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+        # SLURM_NTASKS alone is also set in the batch script, where one process is right: only a step has a PROCID
+        under_srun = number("SLURM_STEP_NUM_TASKS") if "SLURM_PROCID" in environment else 0
+        return cls(
+            host=socket.gethostname(),
+            num_tasks=max(under_mpirun, under_srun, 1),
+            launcher="srun" if under_srun else "mpirun" if under_mpirun else "",
+            job_id=environment.get("SLURM_JOB_ID", ""),
+            local_rank=number("SLURM_LOCALID", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+            gpus=environment.get("HPCPAR_CPU", "") != "1",
+        )

@@ -1,0 +1,1 @@
+"""Text: tokenizer, token store, and the order of samples as a pure function of (seed, global sample index)."""

@@ -1,0 +1,68 @@
+"""Causal self-attention with grouped queries and optional rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcpar.config.job import Model, required
+
+Exchange = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    """Pass x on: what a block's callables do on one rank."""
+    return x
+
+
+def rotary_table(seq: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return cos and sin of every position's rotation: [2, seq, head_dim / 2]. Source: Su et al., arXiv 2104.09864."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(seq, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin())).to(device=device, dtype=dtype)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + head_dim/2) of x [batch, heads, seq, head_dim] by their position's angle."""
+    cos, sin = table
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Attention over heads whose number falls out of the local weights: the module does not know tp.
+
+    `enter` and `leave` exchange activations around it: identity on one rank. The output bias is added after
+    `leave`, once, because before it every tp rank would add it to its partial sum.
+    """
+
+    def __init__(self, model: Model):
+        super().__init__()
+        kv_width = model.hidden // model.heads * required(model.kv_heads)
+        biased = model.kind == "gpt"
+        self.head_dim = model.hidden // model.heads
+        self.q = nn.Linear(model.hidden, model.hidden, bias=biased)
+        self.k = nn.Linear(model.hidden, kv_width, bias=biased)
+        self.v = nn.Linear(model.hidden, kv_width, bias=biased)
+        self.out = nn.Linear(model.hidden, model.hidden, bias=biased)
+        self.enter: Exchange = identity
+        self.leave: Exchange = identity
+        self.compute: Callable[[Tensor, Tensor | None], Tensor] = self.attend
+
+    def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        """Map [batch, seq(/tp), hidden] to the same shape."""
+        y = self.leave(self.compute(self.enter(x), rotary))
+        return y if self.out.bias is None else y + self.out.bias
+
+    def attend(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
+        batch, seq = x.shape[:2]
+        q, k, v = (p(x).view(batch, seq, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if rotary is not None:
+            q, k = rotate(q, rotary[:, :seq]), rotate(k, rotary[:, :seq])
+        grouped = k.shape[1] != q.shape[1]
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return F.linear(heads.transpose(1, 2).reshape(batch, seq, -1), self.out.weight)

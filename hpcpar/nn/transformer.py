@@ -1,0 +1,140 @@
+"""One transformer for the GPT and Llama families, whole or a pipeline stage of it; it knows nothing of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcpar.config.job import Model, required
+from hpcpar.nn.attention import Attention, Exchange, identity, rotary_table
+from hpcpar.nn.dropout import Draw, dropout
+
+
+def make_norm(model: Model) -> nn.Module:
+    """Make the family's norm over the hidden dim."""
+    return nn.LayerNorm(model.hidden, eps=1e-5) if model.kind == "gpt" else nn.RMSNorm(model.hidden, eps=1e-5)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over tokens of -log softmax(logits)[target]; logits [batch, seq, vocab], in fp32 or better."""
+    wide = logits.float() if logits.element_size() < 4 else logits
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten())
+
+
+class MLP(nn.Module):
+    """GELU (gpt) or SwiGLU (llama) between two matrices; `enter` and `leave` as in Attention."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        ffn, biased = required(model.ffn), model.kind == "gpt"
+        self.gate = None if biased else nn.Linear(model.hidden, ffn, bias=False)
+        self.up = nn.Linear(model.hidden, ffn, bias=biased)
+        self.down = nn.Linear(ffn, model.hidden, bias=biased)
+        self.enter: Exchange = identity
+        self.leave: Exchange = identity
+        self.compute: Exchange = self.transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, seq(/tp), hidden] to the same shape."""
+        y = self.leave(self.compute(self.enter(x)))
+        return y if self.down.bias is None else y + self.down.bias
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
+        inner = F.gelu(self.up(x), approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return F.linear(inner, self.down.weight)
+
+
+class Block(nn.Module):
+    """A layer: attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, model: Model, number: int):
+        super().__init__()
+        self.name, self.drop = f"layers.{number}", model.dropout
+        self.attention_norm = make_norm(model)
+        self.attention = Attention(model)
+        self.mlp_norm = make_norm(model)
+        self.mlp = MLP(model)
+
+    def forward(self, x: Tensor, rotary: Tensor | None, draw: Draw | None) -> Tensor:
+        """Map [batch, seq(/tp), hidden] to the same shape."""
+        attended = self.attention(self.attention_norm(x), rotary)
+        x = x + dropout(attended, self.drop, draw, f"{self.name}.attention")
+        return x + dropout(self.mlp(self.mlp_norm(x)), self.drop, draw, f"{self.name}.mlp")
+
+
+class Embedding(nn.Module):
+    """Token embedding, and learned positions where the family has them."""
+
+    def __init__(self, model: Model, with_position: bool):
+        super().__init__()
+        self.token = nn.Embedding(model.vocab, model.hidden)
+        self.position = nn.Embedding(model.seq, model.hidden) if with_position else None
+        self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding  # (tokens, weight) -> [batch, seq(/tp), hidden]
+        self.first_position = 0  # of this rank's tokens, under sequence parallelism
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens [batch, seq] to [batch, seq(/tp), hidden]."""
+        x = self.lookup(tokens, self.token.weight)
+        if self.position is None:
+            return x
+        return x + self.position.weight[self.first_position:self.first_position + x.shape[1]]
+
+
+class Head(nn.Module):
+    """The output matrix of an untied model."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.vocab, model.hidden))
+
+
+class Transformer(nn.Module):
+    """A range of layers; the first stage also embeds, the last also norms and scores.
+
+    The parameters' names and shapes are those of `layout.parameters.parameter_table`, layers by global number.
+    """
+
+    def __init__(self, model: Model, layers: range, first: bool, last: bool):
+        super().__init__()
+        self.model = model
+        if first or (last and model.tied):
+            self.embedding = Embedding(model, with_position=first and model.kind == "gpt")
+        self.layers = nn.ModuleDict({str(number): Block(model, number) for number in layers})
+        if last:
+            self.final_norm = make_norm(model)
+        if last and not model.tied:
+            self.head = Head(model)
+        self.first, self.last = first, last
+        self.enter_head: Exchange = identity
+        self.vocab_rows = model.vocab  # rows of the local output matrix that are not padding
+        self.token_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+        self.run_block: Callable[[Block, Tensor, Tensor | None, Draw | None], Tensor] = Block.__call__
+        self._rotary: Tensor | None = None
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, draw: Draw | None = None) -> Tensor:
+        """Run this stage.
+
+        First stage: x is tokens [batch, seq] int64; others: [batch, seq(/tp), hidden]. Returns activations
+        [batch, seq(/tp), hidden]; on the last stage the mean loss if `targets` [batch, seq] are given, else logits
+        [batch, seq, vocab(/tp)].
+        """
+        if self.first:
+            x = dropout(self.embedding(x), self.model.dropout, draw, "embedding")
+        rotary = self._rotary_for(x) if self.model.kind == "llama" else None
+        for block in self.layers.values():
+            x = self.run_block(block, x, rotary, draw)
+        if not self.last:
+            return x
+        weight = self.embedding.token.weight if self.model.tied else self.head.weight
+        logits = F.linear(self.enter_head(self.final_norm(x)), weight)[..., :self.vocab_rows]
+        return logits if targets is None else self.token_loss(logits, targets)
+
+    def _rotary_for(self, x: Tensor) -> Tensor:
+        if self._rotary is None:
+            model = self.model
+            self._rotary = rotary_table(model.seq, model.hidden // model.heads, model.rope_theta, x.device, x.dtype)
+        return self._rotary

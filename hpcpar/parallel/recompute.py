@@ -1,0 +1,42 @@
+"""Recompute in backward instead of keeping activations: nothing, the attention block, or the whole layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hpcpar.nn.dropout import Draw
+from hpcpar.nn.transformer import Block, Transformer
+
+
+def apply_recompute(stage: Transformer, mode: str) -> None:
+    """Set what a stage recomputes, in place.
+
+    "selective" repeats q, k, v and the attention between its exchanges (no communication); "full" repeats the layer,
+    exchanges included, and keeps only its input. Nothing random has state here (dropout is a hash), so no generator
+    is saved. Source: Korthikanti et al. 2022, arXiv 2205.05198, section 5.
+    """
+    if mode == "full":
+        stage.run_block = _recomputed_block
+    elif mode == "selective":
+        for block in stage.layers.values():
+            assert isinstance(block, Block)
+            block.attention.compute = _Recomputed(block.attention.compute)
+
+
+def _recomputed_block(block: Block, x: Tensor, rotary: Tensor | None, draw: Draw | None) -> Tensor:
+    out: Tensor = checkpoint(block, x, rotary, draw, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+class _Recomputed:
+    """A function whose activations are recomputed."""
+
+    def __init__(self, compute: Any):
+        self.compute = compute
+
+    def __call__(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        out: Tensor = checkpoint(self.compute, x, rotary, use_reentrant=False, preserve_rng_state=False)
+        return out

@@ -1,0 +1,85 @@
+"""Tensor parallelism, with or without sequence parallelism: what a stage's callables become under tp > 1."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from hpcpar.comm.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
+from hpcpar.comm.groups import Group
+from hpcpar.layout.boxes import shard_units
+from hpcpar.layout.layout import Layout
+from hpcpar.nn.transformer import Block, Transformer
+
+
+def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, tp_rank: int) -> None:
+    """Set the exchanges around attention, MLP, embedding and head of a stage, in place.
+
+    Cost a layer and microbatch: two all-reduces forward and two backward of [batch, seq, hidden] (as reduce-scatter
+    and all-gather pairs under sequence parallelism); the loss all-gathers two numbers a token.
+    """
+    tp_size = layout.mesh.tp_size
+    sequence = layout.sequence_parallel
+    enter = partial(gather_sequence if sequence else copy_to, group=group)
+    leave = partial(scatter_sequence if sequence else reduce_from, group=group)
+    for block in stage.layers.values():
+        assert isinstance(block, Block)
+        for part in (block.attention, block.mlp):
+            part.enter, part.leave = enter, leave
+    first_row, rows = shard_units(stage.model.vocab, tp_size, tp_rank)
+    if stage.first:
+        stage.embedding.lookup = lambda tokens, weight: leave(local_embedding(tokens, weight, first_row, rows))
+        if sequence:
+            stage.embedding.first_position = stage.model.seq // tp_size * tp_rank
+    if stage.last:
+        stage.enter_head = enter
+        stage.vocab_rows = rows
+        stage.token_loss = partial(vocabulary_parallel_loss, group=group, first_row=first_row)
+
+
+def local_embedding(tokens: Tensor, weight: Tensor, first_row: int, rows: int) -> Tensor:
+    """Look up the tokens [batch, seq] whose rows lie here; the others are zero: a partial sum over tp."""
+    local = tokens - first_row
+    here = (local >= 0) & (local < rows)
+    return F.embedding(local * here, weight) * here[..., None].to(weight.dtype)
+
+
+class _VocabularyParallelLoss(Function):
+    """Cross-entropy over logits cut by vocabulary: one all-gather of (log-sum-exp, target logit) a token.
+
+    forward   lse = log sum_r exp(lse_r);  loss = mean(lse - target logit)
+    backward  d logits = (exp(logits - lse) - onehot) / tokens, local, in the buffer of the logits
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group, first_row: int) -> Tensor:
+        flat, local = logits.flatten(0, 1), targets.flatten() - first_row
+        here = (local >= 0) & (local < flat.shape[1])
+        index = (local * here)[:, None]
+        mine = torch.stack((flat.logsumexp(1), flat.gather(1, index)[:, 0] * here))
+        everyones = mine.new_empty(dist.get_world_size(group), *mine.shape)
+        dist.all_gather_into_tensor(everyones, mine, group=group)
+        lse = everyones[:, 0].logsumexp(0)
+        ctx.save_for_backward(flat, lse, index, here)
+        ctx.shape = logits.shape
+        return (lse - everyones[:, 1].sum(0)).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        flat, lse, index, here = ctx.saved_tensors
+        grad = torch.exp(flat - lse[:, None])
+        grad.scatter_add_(1, index, -here[:, None].to(grad.dtype))
+        return (grad * (grads[0] / flat.shape[0])).view(ctx.shape), None, None, None
+
+
+def vocabulary_parallel_loss(logits: Tensor, targets: Tensor, group: Group, first_row: int) -> Tensor:
+    """Return the mean loss of logits [batch, seq, vocab/tp] against targets [batch, seq], equal on all tp ranks."""
+    wide = logits.float() if logits.element_size() < 4 else logits
+    loss: Tensor = _VocabularyParallelLoss.apply(wide, targets, group, first_row)
+    return loss
