@@ -30,13 +30,14 @@ class Groups:
 
     @property
     def opened(self) -> list[Group]:
-        """The groups that exist, each once."""
+        """The groups that exist."""
         return [g for g in (self.tp, self.dp, self.pp_forward, self.pp_backward, self.everyone) if g is not None]
 
     def close(self) -> None:
-        """Free the communicators; every member must call."""
+        """Free the communicators, except the world's; every member must call."""
         for group in self.opened:
-            dist.destroy_process_group(group)
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
 
 def open_groups(mesh: Mesh, global_rank: int) -> Groups:
@@ -48,7 +49,10 @@ def open_groups(mesh: Mesh, global_rank: int) -> Groups:
     def opened(ranks: tuple[int, ...], name: str) -> Group | None:
         if len(ranks) == 1:
             return None
-        return dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
+        if name == "everyone" and len(ranks) == dist.get_world_size():
+            return dist.group.WORLD
+        group: Group = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
+        return group
 
     tp, dp, pp = (mesh.group(axis, global_rank) for axis in ("tp", "dp", "pp"))
     return Groups(

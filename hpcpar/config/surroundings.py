@@ -15,8 +15,8 @@ class Surroundings:
     num_tasks: int = 1  # ranks that the launcher or scheduler says it started
     launcher: str = ""  # "srun", "mpirun", or "" for a process started by hand
     job_id: str = ""
-    local_rank: int = 0
     gpus: bool = True  # False: HPCPAR_CPU=1 keeps a GPU machine's ranks on CPU
+    live: bool = False  # True: HPCPAR_LIVE=1 says that a person watches what mpirun passes on
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Surroundings:
@@ -33,6 +33,6 @@ class Surroundings:
             num_tasks=max(under_mpirun, under_srun, 1),
             launcher="srun" if under_srun else "mpirun" if under_mpirun else "",
             job_id=environment.get("SLURM_JOB_ID", ""),
-            local_rank=number("SLURM_LOCALID", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+            live=environment.get("HPCPAR_LIVE", "") == "1",
             gpus=environment.get("HPCPAR_CPU", "") != "1",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -125,13 +126,17 @@ class Transformer(nn.Module):
         if self.first:
             x = dropout(self.embedding(x), self.model.dropout, draw, "embedding")
         rotary = self._rotary_for(x) if self.model.kind == "llama" else None
-        for block in self.layers.values():
+        for block in self.blocks():
             x = self.run_block(block, x, rotary, draw)
         if not self.last:
             return x
         weight = self.embedding.token.weight if self.model.tied else self.head.weight
         logits = F.linear(self.enter_head(self.final_norm(x)), weight)[..., :self.vocab_rows]
         return logits if targets is None else self.token_loss(logits, targets)
+
+    def blocks(self) -> list[Block]:
+        """List the layers held here, in order."""
+        return cast(list[Block], list(self.layers.values()))
 
     def _rotary_for(self, x: Tensor) -> Tensor:
         if self._rotary is None:

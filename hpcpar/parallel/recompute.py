@@ -21,8 +21,7 @@ def apply_recompute(stage: Transformer, mode: str) -> None:
     if mode == "full":
         stage.run_block = _recomputed_block
     elif mode == "selective":
-        for block in stage.layers.values():
-            assert isinstance(block, Block)
+        for block in stage.blocks():
             block.attention.compute = _Recomputed(block.attention.compute)
 
 

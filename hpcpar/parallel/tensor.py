@@ -15,7 +15,7 @@ from hpcpar.comm.collectives import copy_to, gather_sequence, reduce_from, scatt
 from hpcpar.comm.groups import Group
 from hpcpar.layout.boxes import shard_units
 from hpcpar.layout.layout import Layout
-from hpcpar.nn.transformer import Block, Transformer
+from hpcpar.nn.transformer import Transformer
 
 
 def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, tp_rank: int) -> None:
@@ -28,8 +28,7 @@ def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, t
     sequence = layout.sequence_parallel
     enter = partial(gather_sequence if sequence else copy_to, group=group)
     leave = partial(scatter_sequence if sequence else reduce_from, group=group)
-    for block in stage.layers.values():
-        assert isinstance(block, Block)
+    for block in stage.blocks():
         for part in (block.attention, block.mlp):
             part.enter, part.leave = enter, leave
     first_row, rows = shard_units(stage.model.vocab, tp_size, tp_rank)

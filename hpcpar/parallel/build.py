@@ -1,0 +1,55 @@
+"""All of it applied to the plain network, in one visible order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hpcpar.comm.groups import Groups
+from hpcpar.comm.p2p import Neighbours
+from hpcpar.layout.layout import Layout
+from hpcpar.nn.init import initial_values
+from hpcpar.nn.transformer import Transformer
+from hpcpar.parallel.pipeline import Pipeline
+from hpcpar.parallel.recompute import apply_recompute
+from hpcpar.parallel.tensor import apply_tensor_parallelism
+from hpcpar.parallel.zero import ShardedOptimizer
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build(layout: Layout, groups: Groups, device: torch.device,
+          note: Callable[[str], None] = lambda action: None) -> tuple[Pipeline, ShardedOptimizer]:
+    """Build this rank's part of the model, with uninitialised weights (zeros): `initialise` or a checkpoint fills them.
+
+    No tensor of global size is ever allocated: the network is made on the meta device and its parameters replaced by
+    views of the rank's flat buckets.
+    """
+    job, at = layout.job, groups.at
+    dtype = DTYPES[job.train.precision]
+    last = at.pp_rank == layout.mesh.pp_size - 1
+    with torch.device("meta"):
+        stage = Transformer(job.model, layout.stages[at.pp_rank], first=at.pp_rank == 0, last=last)
+    optimizer = ShardedOptimizer(layout, groups, stage, dtype, device)
+    if groups.tp is not None:
+        apply_tensor_parallelism(stage, layout, groups.tp, at.tp_rank)
+    if job.train.compile:
+        _compile(stage)
+    apply_recompute(stage, job.layout.recompute)
+    seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq
+    shape = (job.train.microbatch, seq, job.model.hidden)
+    return Pipeline(stage, Neighbours(groups, dtype, device), shape, note), optimizer
+
+
+def initialise(optimizer: ShardedOptimizer, seed: int) -> None:
+    """Give the weights their first values; a dp rank computes only the shard that it owns."""
+    device = optimizer.buckets[0].weights.device
+    optimizer.fill(lambda piece: initial_values(piece.parameter, piece.box, seed, device))
+
+
+def _compile(stage: Transformer) -> None:
+    """Compile what lies between the exchanges of every layer."""
+    for block in stage.blocks():
+        block.attention.compute = torch.compile(block.attention.compute)
+        block.mlp.compute = torch.compile(block.mlp.compute)

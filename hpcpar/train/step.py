@@ -1,0 +1,109 @@
+"""ONE training step, the same on every layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hpcpar.comm.groups import Groups
+from hpcpar.layout.layout import Layout
+from hpcpar.nn.dropout import draw_for
+from hpcpar.optim.schedules import batch_size, learning_rate
+from hpcpar.parallel.pipeline import Microbatch, Pipeline, Played
+from hpcpar.parallel.zero import ShardedOptimizer
+from hpcpar.train.state import Progress
+
+Tokens = Callable[[np.ndarray], np.ndarray]  # sample numbers [n] -> tokens [n, seq + 1] int64
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """All that a step works on."""
+
+    layout: Layout
+    groups: Groups
+    pipeline: Pipeline
+    optimizer: ShardedOptimizer
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; equal on all ranks but for `played`."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    samples: range
+    skipped: bool
+    stop: bool
+    played: Played
+
+
+def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool = False) -> StepResult:
+    """Take one optimizer step and advance `progress`; every rank must call.
+
+    `stop` is this rank's wish to stop: any rank's wish comes back to all of them, in the same small all-reduce that
+    carries loss and gradient norm. A non-finite loss or norm leaves weights and moments untouched on all ranks alike.
+    """
+    layout, job = trainee.layout, trainee.layout.job
+    batch = batch_size(job, progress.samples)
+    samples = range(progress.samples, progress.samples + batch)
+    num_microbatches = batch // (layout.mesh.dp_size * job.train.microbatch)
+    factor = 1 / (num_microbatches * layout.mesh.dp_size)
+    at = trainee.groups.at
+    program = layout.program(at.pp_rank, num_microbatches)
+
+    trainee.optimizer.begin()
+    played = trainee.pipeline.play(
+        program,
+        lambda m: read_microbatch(trainee, tokens, samples, m, progress.step),
+        factor * progress.loss_scale,
+        trainee.optimizer.arm,
+    )
+    trainee.pipeline.note("reduce")
+    trainee.optimizer.finish_reduction()
+
+    mine = torch.zeros(3, dtype=torch.float64, device=trainee.device)
+    mine[0] = trainee.optimizer.norm_squared()
+    if at.pp_rank == layout.mesh.pp_size - 1 and at.tp_rank == 0:
+        mine[1] = torch.stack(played.losses).sum() * factor
+    mine[2] = float(stop)
+    if trainee.groups.everyone is not None:
+        dist.all_reduce(mine, group=trainee.groups.everyone)
+    norm_squared, loss, stops = mine.tolist()
+    grad_norm = math.sqrt(norm_squared) / progress.loss_scale if norm_squared >= 0 else math.nan
+    lr = learning_rate(job.optim, progress.step)
+
+    skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
+    if skipped:
+        progress.skipped()
+    else:
+        trainee.pipeline.note("update")
+        clip = min(1.0, job.optim.clip / (grad_norm + 1e-6)) if job.optim.clip else 1.0
+        trainee.optimizer.update(lr, progress.updates, clip / progress.loss_scale)
+        progress.updated(scaled=job.train.precision == "fp16")
+    progress.step += 1
+    progress.samples += batch
+    return StepResult(loss, grad_norm, lr, samples, skipped, stops > 0, played)
+
+
+def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, step: int | None) -> Microbatch:
+    """Read this replica's microbatch m of a batch of sample numbers; without a step nothing is dropped out."""
+    job, at = trainee.layout.job, trainee.groups.at
+    size = job.train.microbatch
+    first = samples.start + (m * trainee.layout.mesh.dp_size + at.dp_rank) * size
+    numbers = np.arange(first, first + size)
+    rows = torch.from_numpy(tokens(numbers)).to(trainee.device, non_blocking=True)
+    draw = None
+    if step is not None and job.model.dropout > 0:
+        own = job.model.seq // trainee.layout.mesh.tp_size if trainee.layout.sequence_parallel else job.model.seq
+        start = at.tp_rank * own if trainee.layout.sequence_parallel else 0
+        ids = torch.from_numpy(numbers).to(trainee.device)
+        draw = draw_for(ids, range(start, start + own), job.model.seq, job.train.seed, step)
+    return Microbatch(rows[:, :-1], rows[:, 1:], draw)
