@@ -13,12 +13,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
 from hpcpar.comm.groups import Group
+
+
+# torch 2.13 renamed both and warns at every call of the old name; torch 2.11 has only the old
+_NEWEST_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_NEWEST_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather_flat(out: Tensor, part: Tensor, group: Group) -> None:
+    """All-gather equal parts into `out`, in group order. `part` may be the rank's own piece of `out`."""
+    _NEWEST_GATHER(out, part, group=group)
+
+
+def reduce_scatter_flat(out: Tensor, whole: Tensor, group: Group, async_op: bool = False) -> dist.Work | None:
+    """Sum `whole` over the group and keep this rank's part; `out` may be that part of `whole`."""
+    work: dist.Work | None = _NEWEST_REDUCE_SCATTER(out, whole, group=group, async_op=async_op)
+    return work
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
@@ -33,7 +48,7 @@ def all_gather_sequence(x: Tensor, group: Group) -> Tensor:
     size = dist.get_world_size(group)
     batch, part, hidden = x.shape
     gathered = x.new_empty(size * batch, part, hidden)
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    gather_flat(gathered, x.contiguous(), group)
     # with one sequence the parts already lie in order
     return gathered.view(size, batch, part, hidden).transpose(0, 1).reshape(batch, size * part, hidden)
 
@@ -44,7 +59,7 @@ def reduce_scatter_sequence(x: Tensor, group: Group) -> Tensor:
     batch, seq, hidden = x.shape
     parts = x.view(batch, size, seq // size, hidden).transpose(0, 1).contiguous()
     out = x.new_empty(batch, seq // size, hidden)
-    dist.reduce_scatter_tensor(out, parts, group=group)
+    reduce_scatter_flat(out, parts, group)
     return out
 
 

@@ -9,7 +9,7 @@ Importing this module starts MPI. torch's global rank must be the rank in the co
 
 Private or undocumented parts of torch that this leans on (tested on torch 2.11 and 2.13):
 - a `ProcessGroup` subclass returned by a registered creator takes the place of the whole group, so that a mixed
-  "cpu:mpi4py,cuda:nccl" group is not possible: make two groups. `_register_backend(cpu, CUSTOM, None)` declares the device.
+  "cpu:mpi4py,cuda:nccl" group is not possible: make two. `_register_backend(cpu, CUSTOM, None)` names the device.
 - overridden on ProcessGroup: `_allgather_base`, `_reduce_scatter_base`, `allgather_into_tensor_coalesced`,
   `reduce_scatter_tensor_coalesced`, `alltoall_base` (2.13 calls them `all_gather_single`, `reduce_scatter_single`,
   `..._single_coalesced`, `all_to_all_single`; both names are here), `recv_anysource`, `getBackendName`,
@@ -20,6 +20,9 @@ Rules that callers keep: all ranks of a group call its collectives in the same o
 its work is waited for. The same call gives the same bits in every run with the same MPI library.
 """
 
+# ruff: noqa: D102 - the operations are torch's, and so are their descriptions
+# mypy: disable-error-code="override, assignment, call-arg"
+# torch's stubs know one of several accepted signatures, and not the same one in every version.
 from __future__ import annotations
 
 import os
@@ -28,7 +31,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,18 +38,13 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-_RedOp = dist.ReduceOp.RedOpType
-_OPS = {
-    _RedOp.SUM: MPI.SUM, _RedOp.AVG: MPI.SUM, _RedOp.PRODUCT: MPI.PROD, _RedOp.MIN: MPI.MIN, _RedOp.MAX: MPI.MAX,
-    _RedOp.BAND: MPI.BAND, _RedOp.BOR: MPI.BOR, _RedOp.BXOR: MPI.BXOR,
-}  # fmt: skip
-# MPI has no arithmetic on 16-bit floats; torch's bool is one byte that holds 0 or 1, and its sum means "any".
-_REDUCED_AS = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.bool: torch.uint8}
-_BOOL_OPS = {**_OPS, _RedOp.SUM: MPI.MAX, _RedOp.PRODUCT: MPI.MIN}
+from .mpi_buffers import as_bytes, cut, flatten, for_reduction, must_fit, overlap, parts, receive_into, send_from, store
+
 _MAX_UNWAITED = 64
 
-# A request in flight, and what is left to do once it is complete.
-Step = tuple[MPI.Request, Callable[[], object] | None]
+# A request in flight, what is left to do once it is complete, and its buffers: mpi4py does not keep a tensor's memory
+# alive until then (seen on Open MPI: a copy freed too early is sent as whatever was allocated in its place).
+Step = tuple[MPI.Request, Callable[[], object] | None, object]
 
 
 @dataclass(frozen=True)
@@ -111,15 +108,16 @@ def _subset(world: MPI.Intracomm, ranks: Sequence[int], group_id: str) -> MPI.In
 class MPIWork(dist.Work):
     """One or more MPI requests, the buffers they use, and what is to be done when they are complete.
 
-    Through get_future() it completes at once: MPI calls nobody back, so there is nothing that could fulfil a future later.
+    get_future() completes it at once: MPI calls nobody back, so that nothing could fulfil a future later.
     """
 
     def __init__(
         self, steps: list[Step], outputs: list[Tensor], patience: Patience, timeout: timedelta, in_flight: set[MPIWork]
     ):
         super().__init__()
-        self._requests = [request for request, _ in steps]
-        self._finish = [finish for _, finish in steps if finish]
+        self._requests = [step[0] for step in steps]
+        self._finish = [step[1] for step in steps if step[1]]
+        self._buffers: list[object] = [step[2] for step in steps]
         self._outputs, self._patience, self._timeout, self._in_flight = outputs, patience, timeout, in_flight
         self._status = MPI.Status()
         in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request
@@ -136,7 +134,7 @@ class MPIWork(dist.Work):
             self._requests = []
             for finish in self._finish:
                 finish()
-            self._finish = []
+            self._finish, self._buffers = [], []
             self._in_flight.discard(self)
         return complete
 
@@ -155,7 +153,7 @@ class MPIWork(dist.Work):
         self.wait()
         return self._outputs
 
-    def get_future(self) -> torch.futures.Future[list[Tensor]]:  # type: ignore[override]
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
         future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
         future.set_result(self.result())
         return future
@@ -178,10 +176,10 @@ class MPIProcessGroup(dist.ProcessGroup):
         self._comm, self._backend_name, self._timeout, self._patience = comm, name, timeout, patience
         self._group_name = self._group_desc = ""
         self._in_flight: set[MPIWork] = set()
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, None)  # type: ignore[arg-type]
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, None)
 
     def _work(self, steps: list[Step], outputs: list[Tensor], opts: Any = None) -> MPIWork:
-        if len(self._in_flight) >= _MAX_UNWAITED:  # a caller that never waits for its sends: let go of the complete ones
+        if len(self._in_flight) >= _MAX_UNWAITED:  # someone never waits for sends: let go of the complete ones
             for work in list(self._in_flight):
                 work.is_completed()
         work = MPIWork(steps, outputs, self._patience, self._timeout, self._in_flight)
@@ -192,124 +190,131 @@ class MPIProcessGroup(dist.ProcessGroup):
     # -- one tensor in, one tensor out: the steps that the operations below are made of
 
     def _allreduce_step(self, tensor: Tensor, op: dist.ReduceOp) -> Step:
-        flat, mpi_op = _for_reduction(tensor, op)
+        flat, mpi_op = for_reduction(tensor, op)
         request = self._comm.Iallreduce(MPI.IN_PLACE, flat.numpy(), mpi_op)
-        return request, lambda: _store(tensor, flat, op, self.size())
+        return request, lambda: store(tensor, flat, op, self.size()), flat
 
     def _allgather_step(self, output: Tensor, source: Tensor) -> Step:
-        out, piece = _flat(output), _flat(source)
-        if source.dtype != output.dtype or out.numel() != piece.numel() * self.size():
-            raise ValueError(f"all-gather of {self.size()} x {_says(source)} does not fill {_says(output)}")
-        send: Any = _bytes(piece)
-        if piece.data_ptr() == out.data_ptr() + self.rank() * piece.nbytes:
-            send = MPI.IN_PLACE
-        elif _overlap(piece, out):
-            send = _bytes(piece.clone())
-        return self._comm.Iallgather(send, _bytes(out)), lambda: _store(output, out)
+        out, piece = flatten(output), flatten(source)
+        must_fit(output, source, self.size())
+        in_place = piece.data_ptr() == out.data_ptr() + self.rank() * piece.nbytes
+        if overlap(piece, out) and not in_place:
+            piece = piece.clone()
+        send: Any = MPI.IN_PLACE if in_place else as_bytes(piece)
+        return self._comm.Iallgather(send, as_bytes(out)), lambda: store(output, out), (piece, out)
 
     def _reduce_scatter_step(self, output: Tensor, source: Tensor, op: dist.ReduceOp) -> Step:
-        pieces, mpi_op = _for_reduction(source, op)
-        if source.dtype != output.dtype or pieces.numel() != output.numel() * self.size():
-            raise ValueError(f"reduce-scatter of {_says(source)} over {self.size()} does not fill {_says(output)}")
-        out = _flat(output)
-        if out.dtype != pieces.dtype or _overlap(out, pieces):
+        pieces, mpi_op = for_reduction(source, op)
+        must_fit(source, output, self.size())
+        out = flatten(output)
+        if out.dtype != pieces.dtype or overlap(out, pieces):
             out = torch.empty(output.numel(), dtype=pieces.dtype)
         request = self._comm.Ireduce_scatter_block(pieces.numpy(), out.numpy(), mpi_op)
-        return request, lambda: _store(output, out, op, self.size())
+        return request, lambda: store(output, out, op, self.size()), (pieces, out)
 
     # -- collectives
 
-    def allreduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:  # type: ignore[override]
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:
         return self._work([self._allreduce_step(tensor, opts.reduceOp) for tensor in tensors], tensors, opts)
 
     allreduce_coalesced = allreduce
 
-    def broadcast(self, tensors: list[Tensor], opts: Any) -> MPIWork:  # type: ignore[override]
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> MPIWork:
         (tensor,) = tensors
-        flat = _flat(tensor)
-        return self._work([(self._comm.Ibcast(_bytes(flat), opts.rootRank), lambda: _store(tensor, flat))], tensors, opts)
+        flat = flatten(tensor)
+        request = self._comm.Ibcast(as_bytes(flat), opts.rootRank)
+        return self._work([(request, lambda: store(tensor, flat), flat)], tensors, opts)
 
-    def reduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:  # type: ignore[override]
+    def reduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:
         (tensor,) = tensors
-        flat, mpi_op = _for_reduction(tensor, opts.reduceOp)
+        flat, mpi_op = for_reduction(tensor, opts.reduceOp)
         if self.rank() != opts.rootRank:
-            return self._work([(self._comm.Ireduce(flat.numpy(), None, mpi_op, opts.rootRank), None)], tensors, opts)
+            request = self._comm.Ireduce(flat.numpy(), None, mpi_op, opts.rootRank)
+            return self._work([(request, None, flat)], tensors, opts)
         request = self._comm.Ireduce(MPI.IN_PLACE, flat.numpy(), mpi_op, opts.rootRank)
-        return self._work([(request, lambda: _store(tensor, flat, opts.reduceOp, self.size()))], tensors, opts)
+        return self._work([(request, lambda: store(tensor, flat, opts.reduceOp, self.size()), flat)], tensors, opts)
 
-    def _allgather_base(self, output: Tensor, source: Tensor, opts: Any = None) -> MPIWork:  # type: ignore[override]
+    def _allgather_base(self, output: Tensor, source: Tensor, opts: Any = None) -> MPIWork:
         return self._work([self._allgather_step(output, source)], [output], opts)
 
-    def allgather_into_tensor_coalesced(  # type: ignore[override]
+    def allgather_into_tensor_coalesced(
         self, outputs: list[Tensor], sources: list[Tensor], opts: Any = None
     ) -> MPIWork:
         steps = [self._allgather_step(output, source) for output, source in zip(outputs, sources, strict=True)]
         return self._work(steps, outputs, opts)
 
-    def allgather(self, outputs: list[list[Tensor]], sources: list[Tensor], opts: Any = None) -> MPIWork:  # type: ignore[override]
+    def allgather(self, outputs: list[list[Tensor]], sources: list[Tensor], opts: Any = None) -> MPIWork:
         (pieces,), (source,) = outputs, sources
-        recv, store = _receive_into(pieces)
-        return self._work([(self._comm.Iallgatherv(_bytes(_flat(source)), recv), store)], pieces, opts)
+        recv, unpack = receive_into(pieces)
+        flat = flatten(source)
+        return self._work([(self._comm.Iallgatherv(as_bytes(flat), recv), unpack, (flat, recv))], pieces, opts)
 
-    def _reduce_scatter_base(self, output: Tensor, source: Tensor, opts: Any) -> MPIWork:  # type: ignore[override]
+    def _reduce_scatter_base(self, output: Tensor, source: Tensor, opts: Any) -> MPIWork:
         return self._work([self._reduce_scatter_step(output, source, opts.reduceOp)], [output], opts)
 
-    def reduce_scatter_tensor_coalesced(  # type: ignore[override]
+    def reduce_scatter_tensor_coalesced(
         self, outputs: list[Tensor], sources: list[Tensor], opts: Any
     ) -> MPIWork:
         pairs = zip(outputs, sources, strict=True)
-        return self._work([self._reduce_scatter_step(out, source, opts.reduceOp) for out, source in pairs], outputs, opts)
+        steps = [self._reduce_scatter_step(output, source, opts.reduceOp) for output, source in pairs]
+        return self._work(steps, outputs, opts)
 
-    def reduce_scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:  # type: ignore[override]
+    def reduce_scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:
         (output,), (pieces,) = outputs, sources
-        flat, mpi_op = _for_reduction(torch.cat([piece.detach().reshape(-1) for piece in pieces]), opts.reduceOp)
+        flat, mpi_op = for_reduction(torch.cat([piece.detach().reshape(-1) for piece in pieces]), opts.reduceOp)
         out = torch.empty(output.numel(), dtype=flat.dtype)
         counts = [piece.numel() for piece in pieces]
         request = self._comm.Ireduce_scatter(flat.numpy(), out.numpy(), counts, mpi_op)
-        return self._work([(request, lambda: _store(output, out, opts.reduceOp, self.size()))], outputs, opts)
+        return self._work([(request, lambda: store(output, out, opts.reduceOp, self.size()), (flat, out))], outputs, opts)
 
-    def gather(self, outputs: list[list[Tensor]], sources: list[Tensor], opts: Any) -> MPIWork:  # type: ignore[override]
+    def gather(self, outputs: list[list[Tensor]], sources: list[Tensor], opts: Any) -> MPIWork:
         (source,) = sources
         at_root = self.rank() == opts.rootRank
-        recv, store = _receive_into(outputs[0]) if at_root else (None, None)
-        request = self._comm.Igatherv(_bytes(_flat(source)), recv, opts.rootRank)
-        return self._work([(request, store)], outputs[0] if at_root else [], opts)
+        recv, unpack = receive_into(outputs[0]) if at_root else (None, None)
+        flat = flatten(source)
+        request = self._comm.Igatherv(as_bytes(flat), recv, opts.rootRank)
+        return self._work([(request, unpack, (flat, recv))], outputs[0] if at_root else [], opts)
 
-    def scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:  # type: ignore[override]
+    def scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:
         (output,) = outputs
-        send = _send_from(sources[0]) if self.rank() == opts.rootRank else None
+        send = send_from(sources[0]) if self.rank() == opts.rootRank else None
         out = torch.empty_like(output, memory_format=torch.contiguous_format).view(-1)
-        return self._work([(self._comm.Iscatterv(send, _bytes(out), opts.rootRank), lambda: _store(output, out))], outputs, opts)
+        request = self._comm.Iscatterv(send, as_bytes(out), opts.rootRank)
+        return self._work([(request, lambda: store(output, out), (send, out))], outputs, opts)
 
-    def alltoall(self, outputs: list[Tensor], sources: list[Tensor], opts: Any = None) -> MPIWork:  # type: ignore[override]
-        recv, store = _receive_into(outputs)
-        return self._work([(self._comm.Ialltoallv(_send_from(sources), recv), store)], outputs, opts)
+    def alltoall(self, outputs: list[Tensor], sources: list[Tensor], opts: Any = None) -> MPIWork:
+        recv, unpack = receive_into(outputs)
+        send = send_from(sources)
+        return self._work([(self._comm.Ialltoallv(send, recv), unpack, (send, recv))], outputs, opts)
 
-    def alltoall_base(  # type: ignore[override]
+    def alltoall_base(
         self, output: Tensor, source: Tensor, output_splits: list[int], source_splits: list[int], opts: Any = None
     ) -> MPIWork:
-        out, flat = _flat(output), _flat(source)
-        if _overlap(out, flat):
+        out, flat = flatten(output), flatten(source)
+        if overlap(out, flat):
             flat = flat.clone()
-        send = _cut(flat, _rows(source, source_splits, self.size()))
-        recv = _cut(out, _rows(output, output_splits, self.size()))
-        return self._work([(self._comm.Ialltoallv(send, recv), lambda: _store(output, out))], [output], opts)
+        send = cut(flat, parts(source, source_splits, self.size()))
+        recv = cut(out, parts(output, output_splits, self.size()))
+        request = self._comm.Ialltoallv(send, recv)
+        return self._work([(request, lambda: store(output, out), (send, recv))], [output], opts)
 
-    def barrier(self, opts: Any = None) -> MPIWork:  # type: ignore[override]
-        return self._work([(self._comm.Ibarrier(), None)], [], opts)
+    def barrier(self, opts: Any = None) -> MPIWork:
+        return self._work([(self._comm.Ibarrier(), None, None)], [], opts)
 
     # -- between two ranks
 
-    def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> MPIWork:  # type: ignore[override]
+    def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
-        return self._work([(self._comm.Isend(_bytes(_flat(tensor)), dst_rank, tag), None)], [])
+        flat = flatten(tensor)
+        return self._work([(self._comm.Isend(as_bytes(flat), dst_rank, tag), None, flat)], [])
 
-    def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> MPIWork:  # type: ignore[override]
+    def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
-        flat = _flat(tensor)
-        return self._work([(self._comm.Irecv(_bytes(flat), src_rank, tag), lambda: _store(tensor, flat))], tensors)
+        flat = flatten(tensor)
+        request = self._comm.Irecv(as_bytes(flat), src_rank, tag)
+        return self._work([(request, lambda: store(tensor, flat), flat)], tensors)
 
-    def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:  # type: ignore[override]
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
 
     # -- life and names
@@ -327,6 +332,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     def getGroupName(self) -> str:
         return self._group_name
 
+    # torch's C++ side asks by method, its Python side by property.
     def _set_group_name(self, name: str) -> None:
         self._group_name = name
 
@@ -336,8 +342,8 @@ class MPIProcessGroup(dist.ProcessGroup):
     def _set_group_desc(self, description: str) -> None:
         self._group_desc = description
 
-    group_name = property(getGroupName)  # type: ignore[assignment]
-    group_desc = property(getGroupDesc)  # type: ignore[assignment]
+    group_name = property(getGroupName)
+    group_desc = property(getGroupDesc)
 
     # torch 2.13 calls these by new names.
     all_gather_single = _allgather_base
@@ -345,73 +351,3 @@ class MPIProcessGroup(dist.ProcessGroup):
     all_gather_single_coalesced = allgather_into_tensor_coalesced
     reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
     all_to_all_single = alltoall_base
-
-
-# -- buffers
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """Return the elements in order as one dim: a view if contiguous, else a copy."""
-    return tensor.detach().contiguous().view(-1)
-
-
-def _bytes(flat: Tensor) -> Any:
-    """Return the memory of a flat tensor as bytes, so that any dtype can travel (bfloat16 is unknown to numpy and MPI)."""
-    return flat.view(torch.uint8).numpy()
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
-
-
-def _says(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _for_reduction(tensor: Tensor, op: dist.ReduceOp) -> tuple[Tensor, MPI.Op]:
-    """Return the elements in a dtype that MPI can reduce (a view where possible) and the MPI operation."""
-    kind = op.op  # type: ignore[attr-defined]
-    if kind not in _OPS or (kind == _RedOp.AVG and not tensor.dtype.is_floating_point):
-        raise ValueError(f"cannot reduce {tensor.dtype} by {kind} over MPI")
-    ops = _BOOL_OPS if tensor.dtype == torch.bool else _OPS
-    return _flat(tensor.detach().to(_REDUCED_AS.get(tensor.dtype, tensor.dtype))), ops[kind]
-
-
-def _store(target: Tensor, flat: Tensor, op: dist.ReduceOp | None = None, size: int = 1) -> None:
-    """Finish an average, then copy `flat` to where it belongs unless it lies there already."""
-    if op == _RedOp.AVG:
-        flat.div_(size)
-    if flat.data_ptr() != target.data_ptr() or flat.dtype != target.dtype:
-        target.detach().copy_(flat.view(target.shape))
-
-
-def _cut(flat: Tensor, counts: Sequence[int]) -> list[Any]:
-    """Describe `flat` to MPI as consecutive pieces of `counts` elements."""
-    sizes = [count * flat.element_size() for count in counts]
-    return [_bytes(flat), (sizes, [0, *accumulate(sizes)][:-1]), MPI.BYTE]
-
-
-def _send_from(pieces: Sequence[Tensor]) -> list[Any]:
-    return _cut(torch.cat([piece.detach().reshape(-1) for piece in pieces]), [piece.numel() for piece in pieces])
-
-
-def _receive_into(pieces: Sequence[Tensor]) -> tuple[list[Any], Callable[[], object]]:
-    """Return a buffer for all the pieces, and what copies it into them."""
-    counts = [piece.numel() for piece in pieces]
-    flat = pieces[0].new_empty(sum(counts))
-
-    def store() -> None:
-        for piece, part in zip(pieces, flat.split(counts), strict=True):
-            piece.detach().copy_(part.view(piece.shape))
-
-    return _cut(flat, counts), store
-
-
-def _rows(tensor: Tensor, splits: Sequence[int], size: int) -> list[int]:
-    """Return how many elements go to each rank: rows of dim 0 as in `splits`, or equal parts."""
-    if splits:
-        row = tensor.numel() // max(tensor.shape[0], 1)
-        return [rows * row for rows in splits]
-    if tensor.shape[0] % size:
-        raise ValueError(f"all-to-all of {_says(tensor)} without splits does not divide by {size} ranks")
-    return [tensor.numel() // size] * size

@@ -12,6 +12,7 @@ class Surroundings:
     """Where this process was started, as launchers and schedulers tell it through the environment."""
 
     host: str
+    rank: int = 0  # of this process, to let one of them speak before MPI is up
     num_tasks: int = 1  # ranks that the launcher or scheduler says it started
     launcher: str = ""  # "srun", "mpirun", or "" for a process started by hand
     job_id: str = ""
@@ -30,6 +31,7 @@ class Surroundings:
         under_srun = number("SLURM_STEP_NUM_TASKS") if "SLURM_PROCID" in environment else 0
         return cls(
             host=socket.gethostname(),
+            rank=number("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
             num_tasks=max(under_mpirun, under_srun, 1),
             launcher="srun" if under_srun else "mpirun" if under_mpirun else "",
             job_id=environment.get("SLURM_JOB_ID", ""),

@@ -57,7 +57,7 @@ Part = list[Segment]
 
 
 def list_inputs(paths: Iterable[Path | str], skip: Path) -> list[InputFile]:
-    """List the files under `paths` in sorted order, without hidden ones, __pycache__ and the folder `skip`.
+    """List the files under `paths` in sorted order, without hidden or empty ones, __pycache__ and the folder `skip`.
 
     Raises: UserError if a path does not exist.
     """
@@ -66,8 +66,7 @@ def list_inputs(paths: Iterable[Path | str], skip: Path) -> list[InputFile]:
         if not path.exists():
             raise UserError(str(path), "does not exist", "name files or folders of text")
         for name in _walk(path, skip) if path.is_dir() else [path]:
-            if name.is_file():  # no dangling link, no pipe
-                status = name.stat()
+            if name.is_file() and (status := name.stat()).st_size:  # no dangling link, no pipe
                 found.setdefault(name, InputFile(str(name), status.st_size, status.st_mtime_ns))
     return list(found.values())
 

@@ -1,9 +1,9 @@
 """The token store: a folder with raw token ids, what they are, and the tokenizer that made them.
 
-    STORE/tokens.bin      little-endian uint16 (uint32 above 65536 ids), documents one after another,
-                          each ended by the end token: the boundaries need no table of their own
-    STORE/store.json      counts, dtype, end token, sha256 of tokens.bin and of tokenizer.json
-    STORE/tokenizer.json  the tokenizer
+STORE/tokens.bin      little-endian uint16 (uint32 above 65536 ids), documents one after another,
+                      each ended by the end token: the boundaries need no table of their own
+STORE/store.json      counts, dtype, end token, sha256 of tokens.bin and of tokenizer.json
+STORE/tokenizer.json  the tokenizer
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from hpcpar.config.job import Job, required
 from hpcpar.layout.buckets import Bucket, Piece, make_buckets, owned_pieces
 from hpcpar.layout.mesh import Mesh
 from hpcpar.layout.parameters import Parameter, parameter_table
-from hpcpar.layout.schedule import Action, stage_program
+from hpcpar.layout.schedule import Action, Kind, stage_program, with_transfers
 from hpcpar.layout.stages import split_layers, stage_parameters
 
 
@@ -73,6 +73,11 @@ class Layout:
     def program(self, pp_rank: int, num_microbatches: int) -> list[Action]:
         """Return the actions that a stage plays in a step."""
         return stage_program(self.job.layout.schedule, self.mesh.pp_size, num_microbatches, pp_rank)
+
+    def forward_program(self, pp_rank: int, num_microbatches: int) -> list[Action]:
+        """Return the actions of a validation: forwards only."""
+        forwards = [Action(Kind.FORWARD, m) for m in range(num_microbatches)]
+        return with_transfers(forwards, self.mesh.pp_size, pp_rank)
 
     def counts(self, parameter: Parameter, pp_rank: int, tp_rank: int) -> bool:
         """Whether this rank's copy is the one that counts in global norms and is stored.

@@ -38,8 +38,7 @@ def build(layout: Layout, groups: Groups, device: torch.device,
         _compile(stage)
     apply_recompute(stage, job.layout.recompute)
     seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq
-    shape = (job.train.microbatch, seq, job.model.hidden)
-    return Pipeline(stage, Neighbours(groups, dtype, device), shape, note), optimizer
+    return Pipeline(stage, Neighbours(groups, dtype, device), (seq, job.model.hidden), note), optimizer
 
 
 def initialise(optimizer: ShardedOptimizer, seed: int) -> None:

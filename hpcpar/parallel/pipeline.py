@@ -35,20 +35,22 @@ class Played:
 class Pipeline:
     """Plays actions on a stage. With one stage it is plain gradient accumulation."""
 
-    def __init__(self, stage: Transformer, neighbours: Neighbours, hidden_shape: tuple[int, ...],
+    def __init__(self, stage: Transformer, neighbours: Neighbours, token_shape: tuple[int, int],
                  note: Callable[[str], None] = lambda action: None):
-        self.stage, self.neighbours, self.hidden_shape, self.note = stage, neighbours, hidden_shape, note
+        self.stage, self.neighbours, self.note = stage, neighbours, note
+        self.token_shape = token_shape  # (seq(/tp), hidden): what a message holds a sequence
 
-    def play(self, program: Sequence[Action], microbatch: Callable[[int], Microbatch], loss_factor: float,
+    def play(self, program: Sequence[Action], microbatch: Callable[[int], Microbatch], batch: int, loss_factor: float,
              before_last_backward: Callable[[], None] = lambda: None) -> Played:
         """Play a program; gradients are of sum over microbatches of loss x loss_factor.
 
-        `microbatch(m)` gives this replica's microbatch m. The last backward is announced, so that finished gradients
+        `microbatch(m)` gives this replica's microbatch m of `batch` sequences. A program without backwards keeps no
+        activations. The last backward is announced, so that finished gradients
         can be reduced while it runs.
         """
         played = Played()
         last_backward = max((i for i, a in enumerate(program) if a.kind is Kind.BACKWARD), default=-1)
-        step = _Step(self, microbatch, loss_factor, played)
+        step = _Step(self, microbatch, (batch, *self.token_shape), loss_factor, played)
         with torch.set_grad_enabled(last_backward >= 0):
             for index, action in enumerate(program):
                 self.note(str(action))
@@ -64,8 +66,9 @@ class Pipeline:
 class _Step:
     """The tensors of one step in flight, by microbatch."""
 
-    def __init__(self, pipeline: Pipeline, microbatch: Callable[[int], Microbatch], loss_factor: float, played: Played):
-        self.stage, self.neighbours, self.shape = pipeline.stage, pipeline.neighbours, pipeline.hidden_shape
+    def __init__(self, pipeline: Pipeline, microbatch: Callable[[int], Microbatch], shape: tuple[int, ...],
+                 loss_factor: float, played: Played):
+        self.stage, self.neighbours, self.shape = pipeline.stage, pipeline.neighbours, shape
         self.microbatch, self.loss_factor, self.played = microbatch, loss_factor, played
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
@@ -79,8 +82,9 @@ class _Step:
         elif kind is Kind.FORWARD:
             self.forward(m)
         elif kind is Kind.SEND_FORWARD:
-            keep = self.outputs if torch.is_grad_enabled() else None
-            self.neighbours.send_forward(self.outputs[m] if keep else self.outputs.pop(m))
+            self.neighbours.send_forward(self.outputs[m])
+            if not torch.is_grad_enabled():
+                del self.outputs[m]
         elif kind is Kind.RECEIVE_BACKWARD:
             self.grads[m] = self.neighbours.receive_backward(self.shape)
         elif kind is Kind.BACKWARD:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from hpcpar.comm.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
+from hpcpar.comm.collectives import copy_to, gather_flat, gather_sequence, reduce_from, scatter_sequence
 from hpcpar.comm.groups import Group
 from hpcpar.layout.boxes import shard_units
 from hpcpar.layout.layout import Layout
@@ -63,7 +63,7 @@ class _VocabularyParallelLoss(Function):
         index = (local * here)[:, None]
         mine = torch.stack((flat.logsumexp(1), flat.gather(1, index)[:, 0] * here))
         everyones = mine.new_empty(dist.get_world_size(group), *mine.shape)
-        dist.all_gather_into_tensor(everyones, mine, group=group)
+        gather_flat(everyones, mine, group)
         lse = everyones[:, 0].logsumexp(0)
         ctx.save_for_backward(flat, lse, index, here)
         ctx.shape = logits.shape

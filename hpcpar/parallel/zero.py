@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat
 from hpcpar.comm.groups import Groups
 from hpcpar.layout.buckets import Piece, Slot
 from hpcpar.layout.layout import Layout
@@ -81,9 +82,10 @@ class ShardedOptimizer:
         if group is None:
             return
         if self.layout.num_shards > 1:
-            work = dist.reduce_scatter_tensor(flat.own_grads, flat.grads, group=group, async_op=True)
+            work = reduce_scatter_flat(flat.own_grads, flat.grads, group, async_op=True)
         else:
             work = dist.all_reduce(flat.grads, group=group, async_op=True)
+        assert work is not None
         self._works.append(work)
 
     def finish_reduction(self) -> None:
@@ -163,7 +165,7 @@ class ShardedOptimizer:
             if flat.shard["weight"].data_ptr() != flat.own_weights.data_ptr():
                 flat.own_weights.copy_(flat.shard["weight"])
             if self.groups.dp is not None and self.layout.num_shards > 1:
-                dist.all_gather_into_tensor(flat.weights, flat.own_weights, group=self.groups.dp)
+                gather_flat(flat.weights, flat.own_weights, self.groups.dp)
 
     def fill(self, value_of: Callable[[Piece], Tensor]) -> None:
         """Set the owned master weights piece by piece, and publish them; the moments stay as they are."""

@@ -18,8 +18,8 @@ from hpcpar.nn.dropout import draw_for
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
 from hpcpar.optim.schedules import batch_size, learning_rate
-from hpcpar.parallel.build import DTYPES, build, initialise
 from hpcpar.parallel.buckets import FlatBucket
+from hpcpar.parallel.build import DTYPES, build, initialise
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Tokens, Trainee, train_step
 

@@ -63,6 +63,7 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     played = trainee.pipeline.play(
         program,
         lambda m: read_microbatch(trainee, tokens, samples, m, progress.step),
+        job.train.microbatch,
         factor * progress.loss_scale,
         trainee.optimizer.arm,
     )
@@ -93,15 +94,15 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     return StepResult(loss, grad_norm, lr, samples, skipped, stops > 0, played)
 
 
-def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, step: int | None) -> Microbatch:
-    """Read this replica's microbatch m of a batch of sample numbers; without a step nothing is dropped out."""
+def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, step: int) -> Microbatch:
+    """Read this replica's microbatch m of a batch of sample numbers."""
     job, at = trainee.layout.job, trainee.groups.at
     size = job.train.microbatch
     first = samples.start + (m * trainee.layout.mesh.dp_size + at.dp_rank) * size
     numbers = np.arange(first, first + size)
     rows = torch.from_numpy(tokens(numbers)).to(trainee.device, non_blocking=True)
     draw = None
-    if step is not None and job.model.dropout > 0:
+    if job.model.dropout > 0:
         own = job.model.seq // trainee.layout.mesh.tp_size if trainee.layout.sequence_parallel else job.model.seq
         start = at.tp_rank * own if trainee.layout.sequence_parallel else 0
         ids = torch.from_numpy(numbers).to(trainee.device)

@@ -6,6 +6,8 @@ from hpcpar.data.build import build
 from hpcpar.data.store import TokenStore
 
 WORDS = ["layout", "stage", "shard", "bucket", "schedule", "rank", "naïve", "日本語", "🙂", "def f(x):\n    return x"]
+# The peak memory of this process in MiB; getrusage would report the parent's peak, since it survives fork and exec.
+PRINT_PEAK = 'print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024)'
 
 
 def prose(num_characters: int, seed: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hpcpar.data.inputs import PIECE, Segment, cut_inputs, list_inputs, read_segment
 from hpcpar.errors import UserError
 
-from .conftest import prose
+from .conftest import PRINT_PEAK, prose
 
 
 def documents(path: Path) -> list[str]:
@@ -100,12 +100,11 @@ def test_reading_a_big_file_takes_little_memory(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_bytes(b"word " * 40_000_000)
     (tmp_path / "many.jsonl").write_bytes((json.dumps({"text": "word " * 20_000}).encode() + b"\n") * 2000)
     program = f"""
-import resource
 from hpcpar.data.inputs import Segment, read_segment
 for name in ("one.txt", "many.jsonl"):
     pieces = read_segment(Segment("{tmp_path}/" + name, 0, 2**40, last=True))
     print(sum(len(piece) for piece in pieces if piece))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+{PRINT_PEAK}
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     text, jsonl, peak_mib = map(int, ran.stdout.split())

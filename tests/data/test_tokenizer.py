@@ -8,7 +8,10 @@ from hpcpar.errors import UserError
 SAMPLE = ["the layout is a value, and everything reads the same one. " * 20]
 
 
-@pytest.mark.parametrize("text", ["plain", "  indented\n\n\ttabs ", "naïve 日本語 🙂", "<|end|>", "\x00\x7f", "a" * 5000])
+TEXTS = ["plain", "  indented\n\n\ttabs ", "naïve 日本語 🙂", "<|end|>", "\x00\x7f", "a" * 5000]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_decode_undoes_encode(text: str) -> None:
     words = train_tokenizer(SAMPLE, 300)
     (ids,) = words.encode_batch([text])
@@ -17,10 +20,10 @@ def test_decode_undoes_encode(text: str) -> None:
 
 
 def test_the_end_token_is_the_last_id() -> None:
-    words = train_tokenizer(SAMPLE, 300)
-    assert words.vocab_size == 300
-    assert words.end_token == 299
-    assert words.decode([299]) == "<|end|>"
+    words = train_tokenizer(SAMPLE, 280)
+    assert words.vocab_size == 280
+    assert words.end_token == 279
+    assert words.decode([279]) == "<|end|>"
 
 
 def test_training_is_repeatable_and_survives_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""Names inside a checkpoint set, and its manifest; docs/checkpoint-format.md says the same in words.
+
+    checkpoints/step-00000100/manifest.json     what is in the set, with sizes and checksums
+                              model.h5          index: every logical tensor whole, as virtual datasets
+                              shard-00003.h5    boxes of tensors, a dataset each
+    checkpoints/.step-00000100.tmp              being written
+    checkpoints/.step-00000100.old              moved aside while a newer save of the same step takes its name
+    checkpoints/.step-00000100.gone             being deleted
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from hpcpar.errors import CheckpointError
+from hpcpar.layout.boxes import Box
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "model.h5"
+WEIGHT = "weight"
+# model.h5 keeps the weights at its root; nothing else there may begin with this name
+OPTIMIZER = "optimizer"
+DTYPES = ("float32", "float64")
+_HEAD, _DIGITS = b'{"checksum": "', 32
+
+
+def set_name(step: int) -> str:
+    """Return a published set's folder name: step-00000100."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step of a published set's folder name, or None if it is not such a name."""
+    found = re.fullmatch(r"step-(\d{8,})", name)
+    return int(found[1]) if found and set_name(int(found[1])) == name else None
+
+
+def side_name(step: int, what: str) -> str:
+    """Return the name of a set's folder that is not published: `what` is tmp, old or gone."""
+    return f".{set_name(step)}.{what}"
+
+
+def shard_name(number: int) -> str:
+    """Return a shard file's name: shard-00003.h5."""
+    return f"shard-{number:05d}.h5"
+
+
+def dataset_path(kind: str, tensor: str, box: Box) -> str:
+    """Return a box's dataset in a shard file: exp_avg/layers/17/attention/q/weight/0_1024."""
+    return f"{kind}/{tensor.replace('.', '/')}/{'_'.join(map(str, box.offset))}"
+
+
+def index_path(kind: str, tensor: str) -> str:
+    """Return a tensor's dataset in model.h5: layers/17/attention/q/weight, moments under optimizer/<kind>/."""
+    path = tensor.replace(".", "/")
+    return path if kind == WEIGHT else f"{OPTIMIZER}/{kind}/{path}"
+
+
+class StoredBox(NamedTuple):
+    """A box of a tensor; its file has a dataset for it in every kind."""
+
+    tensor: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a set: size in bytes, xxh3_128 of all its bytes (32 hex digits), who wrote it, what is in it."""
+
+    name: str
+    size: int
+    checksum: str
+    ranks: tuple[int, ...] = ()
+    boxes: tuple[StoredBox, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a set. `kinds` gives each kind's dtype, `tensors` each logical tensor's shape."""
+
+    step: int
+    kinds: Mapping[str, str]
+    tensors: Mapping[str, tuple[int, ...]]
+    files: tuple[FileEntry, ...]
+    state: Mapping[str, Any]
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of manifest.json: JSON whose first value is the checksum of all bytes after that value."""
+        numbers = {name: number for number, name in enumerate(self.tensors)}
+        files = [{"name": f.name, "size": f.size, "checksum": f.checksum, "ranks": f.ranks,
+                  "boxes": [(numbers[b.tensor], b.box.offset, b.box.size) for b in f.boxes]} for f in self.files]
+        # the tables have a line an entry, so that people can read them and diff them
+        rest = (f'",\n"format": "hpcpar-checkpoint",\n"version": {FORMAT_VERSION},\n"step": {self.step},\n'
+                f'"kinds": {_json(dict(self.kinds))},\n"state": {_json(dict(self.state))},\n'
+                f'"tensors": {_lines(list(self.tensors.items()))},\n"files": {_lines(files)}}}\n').encode()
+        return _HEAD + xxhash.xxh3_128_hexdigest(rest).encode() + rest
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, where: str) -> Manifest:
+        """Read manifest.json's bytes. Raises: CheckpointError naming `where` if any byte or value is wrong."""
+        start = len(_HEAD) + _DIGITS
+        if raw[: len(_HEAD)] != _HEAD or xxhash.xxh3_128_hexdigest(raw[start:]).encode() != raw[len(_HEAD) : start]:
+            raise CheckpointError(f"{where}: damaged: its bytes are not those that were written (checksum)")
+        try:
+            return _parsed(json.loads(raw))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: is not a manifest of this format: {error}") from error
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a set's manifest. Raises: CheckpointError if it is missing, damaged or of another format."""
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    return Manifest.from_bytes(raw, str(file))
+
+
+def _json(value: Any) -> str:
+    # NaN is not JSON: other readers would refuse the file
+    return json.dumps(value, allow_nan=False)
+
+
+def _lines(values: Sequence[Any]) -> str:
+    return "[\n" + ",\n".join(json.dumps(v, separators=(",", ":")) for v in values) + "\n]"
+
+
+def _require(holds: bool, why: str) -> None:
+    if not holds:
+        raise ValueError(why)
+
+
+def _parsed(content: dict[str, Any]) -> Manifest:
+    _require(content["format"] == "hpcpar-checkpoint", f"format is {content['format']!r}")
+    _require(content["version"] == FORMAT_VERSION,
+             f"version {content['version']}, this program reads version {FORMAT_VERSION}")
+    tensors = {_name(name): _numbers(shape) for name, shape in content["tensors"]}
+    _require(len(tensors) == len(content["tensors"]), "a tensor is listed twice")
+    kinds = {_name(kind): dtype for kind, dtype in content["kinds"].items()}
+    _require(all(dtype in DTYPES for dtype in kinds.values()), f"kinds {kinds}: dtypes must be of {DTYPES}")
+    files = tuple(_file(entry, list(tensors.items())) for entry in content["files"])
+    _require(len({f.name for f in files}) == len(files), "a file is listed twice")
+    _require(isinstance(content["state"], dict), "state is not a table")
+    return Manifest(_numbers([content["step"]])[0], kinds, tensors, files, content["state"])
+
+
+def _file(entry: dict[str, Any], tensors: list[tuple[str, tuple[int, ...]]]) -> FileEntry:
+    name, checksum = entry["name"], entry["checksum"]
+    # a name with a slash would make the reader open files outside the set
+    _require(name == INDEX or re.fullmatch(r"shard-\d{5,}\.h5", name) is not None, f"file name {name!r}")
+    _require(re.fullmatch(r"[0-9a-f]{32}", checksum) is not None, f"{name}: checksum {checksum!r}")
+    boxes = []
+    for number, offset, size in entry["boxes"]:
+        tensor, shape = tensors[number] if 0 <= number < len(tensors) else ("", ())
+        box = Box(_numbers(offset), _numbers(size))
+        inside = len(offset) == len(size) == len(shape) and all(e <= s for e, s in zip(box.end, shape, strict=True))
+        _require(inside and box.numel > 0, f"{name}: box {offset} {size} does not lie in {tensor or number} {shape}")
+        boxes.append(StoredBox(tensor, box))
+    return FileEntry(name, _numbers([entry["size"]])[0], checksum, _numbers(entry["ranks"]), tuple(boxes))
+
+
+def _name(text: str) -> str:
+    _require(re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", text) is not None, f"name {text!r}")
+    return text
+
+
+def _numbers(values: Sequence[Any]) -> tuple[int, ...]:
+    _require(all(type(v) is int and v >= 0 for v in values), f"{values} must be whole numbers, not negative")
+    return tuple(values)

@@ -1,0 +1,183 @@
+"""A rank's end of the watch: notes where it is, tells its own error, and ends the whole job with it.
+
+    with Watch.start(run, control, host, mesh, MPI.COMM_WORLD.Abort) as watch:
+        watch.note(step=17, phase="forward", action="all_reduce tp")
+
+An exception is published by the rank that raised it, a death without a word by its host's `witness`; the first to
+publish RUN/failure.json is the root cause. Nothing here calls a collective once an error is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import os
+import select
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from hpcpar.comm.control import Control
+from hpcpar.comm.failure import DONE, FAILED, TOLD, Failure, Status, appeared, mistake, now, publish_once, say, tail
+from hpcpar.comm.witness import Charge, Task
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.errors import UserError
+from hpcpar.layout.mesh import AXES, Mesh
+
+GRACE_S = 2.0
+"""How long an error waits for the news of a death: a peer's lost connection raises before the death is known."""
+START_S = 20.0
+"""How long a witness may take to start."""
+PATIENCE_S = 10.0
+"""How long a rank whose error came second waits to be ended."""
+CLEAN_ENDS = (None, 0, 75)
+"""Codes of a SystemExit that is not a failure: done, and stopped but wants to go on."""
+
+
+class Watch:
+    """Watches over one rank from `start` to `done` or `failed`; as a `with` block it calls one of the two itself."""
+
+    def __init__(self, run: RunFolder, control: Control, host: str, mesh: Mesh, abort: Callable[[int], None],
+                 status: Status):
+        self._run, self._host, self._abort, self._status = run, host, abort, status
+        self._rank, self._size = control.rank, control.size
+        self._coordinates = places(mesh, control.rank)
+        self.note = status.note  # the status file's own method: one call less in the inner loop
+
+    @classmethod
+    def start(cls, run: RunFolder, control: Control, host: str, mesh: Mesh, abort: Callable[[int], None]) -> Watch:
+        """Begin to watch; every rank must call. `abort(code)` ends all ranks at once (MPI.COMM_WORLD.Abort).
+
+        An earlier start's failure.json is kept as failure-1.json and so on. With several ranks, each host's first one
+        spawns the witness, and a fatal signal's stack goes to the witness instead of stderr. Cost: one gather, one
+        barrier, one Python start a host. Raises: OSError (the run folder cannot be written).
+        """
+        run = RunFolder(run.path.absolute())
+        if control.rank == 0:
+            run.logs.mkdir(parents=True, exist_ok=True)
+            put_away(run)
+        status = Status()
+        line = lifeline() if control.size > 1 else -1
+        ranks: list[tuple[str, int, int, int]] = control.all_gather((host, os.getpid(), status.fd, line))
+        if control.size > 1:
+            faulthandler.enable(status.fd, all_threads=False)
+            charges = tuple(Charge(rank, pid, fd, end, places(mesh, rank))
+                            for rank, (its_host, pid, fd, end) in enumerate(ranks) if its_host == host)
+            if charges[0].rank == control.rank:
+                spawn(Task(str(run.path), host, control.size, charges))
+            control.barrier()  # who dies after this is watched
+            os.close(line)
+        return cls(run, control, host, mesh, abort, status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in CLEAN_ENDS):
+            self.done()
+        else:
+            self.failed(error)
+
+    def done(self) -> None:
+        """Tell that this rank may end."""
+        self._status.mark(DONE)
+
+    def failed(self, error: BaseException) -> NoReturn:
+        """Publish the error as the root cause unless another was first, and end the job: code 3, a UserError's 2."""
+        trace = "".join(traceback.format_exception(error))
+        failure = self._failure(error, trace)
+        self._status.mark(FAILED)
+        self._log(trace)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        if isinstance(error, UserError):
+            self._end(2, self._tell(lambda: publish_once(mistake(self._run), f"{error}\n"), f"hpcpar: {error}\n"))
+        self._await_a_death()
+        self._end(3, self._tell(lambda: failure.publish(self._run), failure.block(self._run)))
+
+    def _failure(self, error: BaseException, trace: str) -> Failure:
+        status = self._status
+        return Failure(self._host, self._rank, self._size, self._coordinates, None if status.step < 0 else status.step,
+                       status.phase, status.action, type(error).__name__, str(error), tail(trace.splitlines()),
+                       str(self._run.log(self._rank)), now())
+
+    def _tell(self, publish: Callable[[], bool], text: str) -> bool:
+        """Print the text if it is the first to be published."""
+        try:
+            first = publish()
+        except OSError:  # a full disk may be the very error: better told twice than never
+            first = True
+        if first:
+            say(text)
+            self._status.mark(TOLD)
+        return first
+
+    def _await_a_death(self) -> None:
+        limit = time.monotonic() + (GRACE_S if self._size > 1 else 0)
+        while time.monotonic() < limit and not appeared(self._run.failure):
+            time.sleep(0.1)
+
+    def _end(self, code: int, first: bool) -> NoReturn:
+        if self._size == 1:
+            raise SystemExit(code)
+        if not first:
+            self._log("this came second: failure.json in the run folder has the root cause\n")
+            time.sleep(PATIENCE_S)
+        self._abort(code)
+        os._exit(code)
+
+    def _log(self, text: str) -> None:
+        with contextlib.suppress(OSError), self._run.log(self._rank).open("a") as file:
+            file.write(text)
+
+
+def places(mesh: Mesh, rank: int) -> dict[str, int]:
+    """Return a rank's coordinates by axis."""
+    return dict(zip(AXES, mesh.coordinates(rank), strict=True))
+
+
+def lifeline() -> int:
+    """Open a pipe whose write end stays open until this process ends; return its read end, for the witness."""
+    read, write = os.pipe()
+    # Linux releases a dying process's files from the highest number down: before those the launcher listens to
+    held = fcntl.fcntl(write, fcntl.F_DUPFD_CLOEXEC, 200)
+    os.close(write)
+    os.register_at_fork(after_in_child=lambda: os.close(held))  # a forked worker must not hold it for us
+    return read
+
+
+def put_away(run: RunFolder) -> None:
+    """Move an earlier start's failure.json to the first free failure-1.json, failure-2.json, ..."""
+    mistake(run).unlink(missing_ok=True)
+    if run.failure.exists():
+        number = 1
+        while (kept := run.failure.with_name(f"failure-{number}.json")).exists():
+            number += 1
+        run.failure.rename(kept)
+
+
+def spawn(task: Task) -> None:
+    """Start this host's witness; without one the run goes on, and a line on stderr says so."""
+    try:
+        # its own session: a launcher that kills process groups leaves it alive; -m from where this package lies
+        # (the run folder is there for those who read `ps`)
+        process = subprocess.Popen([sys.executable, "-m", "hpcpar.comm.witness", task.run], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, text=True, start_new_session=True,
+                                   cwd=Path(__file__).resolve().parents[2])
+        assert process.stdin is not None and process.stdout is not None
+        with process.stdin as pipe:
+            pipe.write(task.text())
+        with process.stdout as pipe:
+            ready = bool(select.select([pipe], [], [], START_S)[0]) and pipe.readline() == "ready\n"
+    except OSError:
+        ready = False
+    if not ready:
+        say(f"hpcpar: {task.host} has no witness: a rank killed there may not be named\n")

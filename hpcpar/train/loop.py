@@ -1,0 +1,210 @@
+"""The training loop: steps, metrics, validations, checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hpcpar.checkpoint.load import latest_set, load_shards, read_state
+from hpcpar.checkpoint.save import save_set
+from hpcpar.comm.bootstrap import World
+from hpcpar.comm.groups import open_groups
+from hpcpar.config.job import Job
+from hpcpar.config.load import to_toml
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.data.sampler import SampleOrder
+from hpcpar.errors import RunError, UserError
+from hpcpar.layout.layout import Layout
+from hpcpar.parallel.build import build, initialise
+from hpcpar.parallel.pipeline import Microbatch
+from hpcpar.train.metrics import Metrics
+from hpcpar.train.state import Progress
+from hpcpar.train.step import StepResult, Trainee, train_step
+from hpcpar.units import format_seconds
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class StopFlag:
+    """Set by a signal; the loop looks at it between steps. A handler that did more could not be trusted mid-step."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        for number in SIGNALS:
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+
+@dataclass
+class Run:
+    """A run on this rank: what the loop works with."""
+
+    job: Job
+    world: World
+    folder: RunFolder
+    order: SampleOrder
+    trainee: Trainee
+    progress: Progress
+    metrics: Metrics | None  # on rank 0
+    saved_step: int = -1
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        logging.info(text)
+        if self.metrics is not None:
+            self.metrics.say(text)
+
+
+def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, live: bool,
+              note: Callable[[str], None]) -> Run:
+    """Build this rank's part and fill it from the newest published set, or with first weights.
+
+    Raises UserError where the set belongs to another model or other data.
+    """
+    layout = Layout(job)
+    found = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
+    state = read_state(found) if found else None
+    if state is not None:
+        _check_same(state, job, order, found)
+    groups = open_groups(layout.mesh, world.rank)
+    pipeline, optimizer = build(layout, groups, world.device, note)
+    progress = Progress(loss_scale=job.optim.loss_scale if job.train.precision == "fp16" else 1.0)
+    if state is None:
+        initialise(optimizer, job.train.seed)
+    else:
+        progress = Progress(**state["progress"])
+        main = {"fp64": np.float64}.get(job.train.precision, np.float32)
+        stored = load_shards(found, layout, world.rank, np.dtype(main))
+        for kind, shards in optimizer.shards().items():
+            for shard, values in zip(shards, stored[kind], strict=True):
+                shard.copy_(torch.from_numpy(values))
+        optimizer.publish_weights()
+    metrics = None
+    if world.rank == 0:
+        folder.config.write_text(to_toml(job))
+        metrics = Metrics(folder, job, progress, world.device, live)
+    trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
+    run = Run(job, world, folder, order, trainee, progress, metrics, progress.step if found else -1)
+    run.say(f"{'resumed ' + found.name if found else 'new run'} in {folder.path}: tp {layout.mesh.tp_size} x pp "
+            f"{layout.mesh.pp_size} x dp {layout.mesh.dp_size} on {world.device.type}")
+    return run
+
+
+def _check_same(state: dict[str, object], job: Job, order: SampleOrder, path: Path) -> None:
+    """Refuse to go on with another model or other data: the curve would break without a word."""
+    saved = state["job"]
+    assert isinstance(saved, dict)
+    for name, value in dataclasses.asdict(job.model).items():
+        if saved["model"].get(name) != value and name not in ("dropout", "init_std"):
+            raise UserError(f"model.{name}", f"is {value}, but {path} was saved with {saved['model'].get(name)}",
+                            "use the same model, or another --run folder")
+    if saved["train"]["seed"] != job.train.seed:
+        raise UserError("train.seed", f"is {job.train.seed}, but {path} was saved with {saved['train']['seed']}",
+                        f"write seed = {saved['train']['seed']}, or use another --run folder")
+    if state["data"] != order.fingerprint:
+        raise UserError("data.store", f"is not the text (or weights, or tokenizer) that {path} was trained on",
+                        "use the same store, or another --run folder")
+
+
+def train(run: Run) -> bool:
+    """Take steps until the job is done or someone asks to stop; return whether it is done. Every rank must call."""
+    flag, job, progress = StopFlag(), run.job, run.progress
+    stopped, result = False, None
+    while progress.step < job.train.steps and not stopped:
+        start = time.perf_counter()
+        wish = bool(flag.name) or (run.world.rank == 0 and run.folder.stop.exists())
+        result = train_step(run.trainee, progress, run.order.tokens, wish)
+        stopped = result.stop
+        if run.metrics is not None:
+            numbers = np.arange(result.samples.start, result.samples.stop)
+            run.metrics.step(progress, result, time.perf_counter() - start, run.order.samples_hash(numbers))
+        if progress.skips > job.train.max_skips:
+            raise RunError(f"loss or gradient was not finite for {progress.skips} steps in a row (loss {result.loss}, "
+                           f"gradient norm {result.grad_norm}); lower optim.lr, or raise train.max_skips")
+        if job.data.validate_every and progress.step % job.data.validate_every == 0:
+            validate(run)
+        if job.checkpoint.every and progress.step % job.checkpoint.every == 0:
+            save(run)
+    done = progress.step >= job.train.steps
+    if done and result is not None and not (job.data.validate_every and progress.step % job.data.validate_every == 0):
+        validate(run)
+    if run.saved_step != progress.step:
+        save(run)
+    if result is not None:
+        _write_timeline(run, result)
+    _finish(run, done)
+    return done
+
+
+def validate(run: Run) -> None:
+    """Measure the loss on held-out samples, the same ones on every layout. Every rank must call."""
+    order, layout, at = run.order, run.trainee.layout, run.trainee.groups.at
+    num = min(run.job.data.validate_samples, order.num_validation)
+    if num == 0:
+        return
+    dp_size = layout.mesh.dp_size
+    # one sequence a microbatch, so that any number of samples is shared out; a replica without a sample left
+    # computes one more, which does not count
+    numbers = np.arange(-(-num // dp_size)) * dp_size + at.dp_rank
+
+    def microbatch(m: int) -> Microbatch:
+        rows = torch.from_numpy(order.validation_tokens(numbers[m:m + 1] % num)).to(run.world.device)
+        return Microbatch(rows[:, :-1], rows[:, 1:])
+
+    played = run.trainee.pipeline.play(layout.forward_program(at.pp_rank, len(numbers)), microbatch, 1, 1.0)
+    total = torch.zeros(1, dtype=torch.float64, device=run.world.device)
+    if played.losses and at.tp_rank == 0:
+        total += torch.stack(played.losses)[torch.from_numpy(numbers < num).to(run.world.device)].sum()
+    if run.trainee.groups.everyone is not None:
+        dist.all_reduce(total, group=run.trainee.groups.everyone)
+    if run.metrics is not None:
+        run.metrics.validation(run.progress.step, total.item() / num)
+
+
+def save(run: Run) -> None:
+    """Publish a checkpoint set of the current step. Every rank must call."""
+    start, job = time.perf_counter(), run.job
+    run.trainee.pipeline.note("save")
+    shards = {kind: [shard.cpu().numpy() for shard in tensors]
+              for kind, tensors in run.trainee.optimizer.shards().items()}
+    state = {"progress": run.progress.as_dict(), "job": dataclasses.asdict(job), "data": run.order.fingerprint}
+    path = save_set(run.folder.checkpoints, run.progress.step, run.trainee.layout, run.world.rank, run.world.control,
+                    shards, state, job.checkpoint.ranks_per_file, job.checkpoint.keep)
+    run.saved_step = run.progress.step
+    run.say(f"saved {path.name} in {format_seconds(time.perf_counter() - start)}")
+
+
+def _write_timeline(run: Run, result: StepResult) -> None:
+    """Keep what every rank did when in the last step; rank 0 writes it."""
+    offset = time.time() - time.perf_counter()
+    mine = [(name, start + offset, end + offset) for name, start, end in result.played.events]
+    everyones = run.world.control.all_gather(mine)
+    if run.world.rank == 0:
+        places = [run.trainee.layout.mesh.coordinates(rank)._asdict() for rank in range(run.world.size)]
+        rows = [{**place, "events": events} for place, events in zip(places, everyones, strict=True)]
+        run.folder.timeline.write_text(json.dumps({"step": run.progress.step, "ranks": rows}))
+
+
+def _finish(run: Run, done: bool) -> None:
+    """Say how it ended and what comes next."""
+    run.world.control.barrier()
+    if run.world.rank == 0:
+        run.folder.stop.unlink(missing_ok=True)
+    path = run.folder.path
+    run.say(f"done: {run.progress.step} steps; next: hpcpar generate {path}, or hpcpar show {path} --plot" if done else
+            f"stopped cleanly at step {run.progress.step}; the same command goes on from there")
+    if run.metrics is not None:
+        run.metrics.close()

@@ -1,0 +1,105 @@
+"""What rank 0 tells of a run: a JSON line a step, TensorBoard, and a line that a person can follow."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from hpcpar.config.job import Job
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.train.state import Progress
+from hpcpar.train.step import StepResult
+from hpcpar.units import format_bytes, format_seconds
+
+QUIET_S = 5.0  # seconds between lines where nobody watches
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes this process has held: on its GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of metrics.jsonl; a torn last line (a killed run) is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Metrics:
+    """Writes a run's figures; made on rank 0 only."""
+
+    def __init__(self, run: RunFolder, job: Job, progress: Progress, device: torch.device, live: bool):
+        self._job, self._device = job, device
+        self._live = live or sys.stdout.isatty()
+        kept = [line for line in read_metrics(run.metrics) if line["step"] <= progress.step]
+        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file: TextIO = run.metrics.open("a", buffering=1)
+        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=progress.step + 1)
+        self._shown = 0.0
+        self._rate = 0.0  # running mean of seconds a token
+
+    def step(self, progress: Progress, result: StepResult, step_s: float, samples_hash: str) -> None:
+        """Note a step that has just ended."""
+        tokens = len(result.samples) * self._job.model.seq
+        line = {
+            "step": progress.step, "tokens": progress.samples * self._job.model.seq, "loss": result.loss,
+            "grad_norm": result.grad_norm, "lr": result.lr, "step_s": round(step_s, 6),
+            "tokens_per_s": round(tokens / step_s, 1), "memory_bytes": peak_memory(self._device),
+            "samples_hash": samples_hash,
+        }
+        if result.skipped:
+            line["skipped"] = True
+        if self._job.train.precision == "fp16":
+            line["loss_scale"] = progress.loss_scale
+        self._write(line)
+        for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
+            self._board.add_scalar(name, line[name], progress.step)
+        self._rate = step_s / tokens if not self._rate else 0.9 * self._rate + 0.1 * step_s / tokens
+        self._show(progress, line)
+
+    def validation(self, step: int, val_loss: float) -> None:
+        """Note a validation."""
+        self._write({"step": step, "val_loss": val_loss})
+        self._board.add_scalar("val_loss", val_loss, step)
+        self.say(f"step {step}: validation loss {val_loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        print(("\r\x1b[K" if self._live else "") + text, flush=True)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._file.close()
+        self._board.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def _show(self, progress: Progress, line: dict[str, Any]) -> None:
+        steps, now = self._job.train.steps, time.monotonic()
+        last = progress.step == steps
+        if not self._live and not last and now - self._shown < QUIET_S:
+            return
+        self._shown = now
+        left = (steps - progress.step) * self._job.train.global_batch * self._job.model.seq * self._rate
+        done = int(20 * progress.step / max(1, steps))
+        text = (f"step {progress.step}/{steps} [{'#' * done}{'.' * (20 - done)}] loss {line['loss']:.4f}  "
+                f"grad {line['grad_norm']:.2f}  {line['tokens_per_s']:,.0f} tokens/s  left {format_seconds(left)}  "
+                f"memory {format_bytes(line['memory_bytes'])}{'  SKIPPED' if 'skipped' in line else ''}")
+        print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live and not last else "\n", flush=True)

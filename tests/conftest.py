@@ -1,0 +1,103 @@
+"""`pytest tests` runs the tests of one process, `mpirun -n 8 python -m pytest tests` those marked mpi.
+
+Under mpirun every rank runs the same tests. After each phase the ranks agree on its outcome, a watchdog ends the job
+when one of them does not arrive, and rank 0 alone reports.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+# mpi4py starts MPI when imported and costs a plain run time, so the launcher's own variables tell how many we are.
+NUM_RANKS = int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
+TIMEOUT_S = float(os.environ.get("MPI_TEST_TIMEOUT_S", "60"))
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal reporter is there to be silenced
+def pytest_configure(config: pytest.Config) -> None:
+    if NUM_RANKS > 1:
+        config.pluginmanager.register(AgreeingRanks(config))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = [item for item in items if (item.get_closest_marker("mpi") is not None) == (NUM_RANKS > 1)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+class AgreeingRanks:
+    """The hooks of a run on several ranks."""
+
+    def __init__(self, config: pytest.Config):
+        from mpi4py import MPI
+
+        self.comm = MPI.COMM_WORLD
+        if self.comm.rank:
+            config.pluginmanager.unregister(name="terminalreporter")
+
+    def abort(self, why: str, code: int) -> None:
+        print(f"[rank {self.comm.rank}] {why}: aborting the job", file=sys.__stderr__, flush=True)
+        self.comm.Abort(code)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        names = self.comm.allgather([item.nodeid for item in session.items])
+        if any(other != names[0] for other in names):
+            self.abort("ranks collected different tests", 3)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        faulthandler.dump_traceback_later(TIMEOUT_S * 1.5, exit=True)  # all ranks stuck: each says where
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[Any]:
+        report = yield
+        mine = (report.outcome, f"[rank {self.comm.rank}] {report.longreprtext}" if report.failed else "")
+        # the others may be stuck because this rank failed: then its message is all there is to see, and sooner
+        limit_s = TIMEOUT_S / 2 if report.failed else TIMEOUT_S
+        why = f"{item.nodeid} {call.when} {mine}: the others did not arrive"
+        watchdog = threading.Timer(limit_s, self.abort, (why, 4))
+        watchdog.daemon = True
+        watchdog.start()
+        everyone = self.comm.allgather(mine)
+        watchdog.cancel()
+        outcomes = [outcome for outcome, _ in everyone]
+        if "failed" in outcomes or len(set(outcomes)) > 1:
+            said = "\n".join(text for outcome, text in everyone if outcome == "failed")
+            report.outcome, report.longrepr = "failed", said[:20000] or f"ranks disagree: {outcomes}"
+        return report
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[SimpleNamespace]:
+    """torch.distributed over MPI on all ranks: `rank`, `size`, `comm` and the `store` behind the default group."""
+    import torch
+    import torch.distributed as dist
+    from mpi4py import MPI
+
+    from hpcpar.comm import mpi_backend
+
+    torch.set_num_threads(1)
+    comm, patience = MPI.COMM_WORLD, timedelta(seconds=TIMEOUT_S)
+    host = "127.0.0.1"
+    served = dist.TCPStore(host, 0, None, True, patience, wait_for_workers=False) if comm.rank == 0 else None
+    port = comm.bcast(served.port if served else None)
+    store = served or dist.TCPStore(host, port, None, False, patience, wait_for_workers=False)
+    mpi_backend.register()
+    dist.init_process_group("cpu:mpi4py", store=store, rank=comm.rank, world_size=comm.size, timeout=patience)
+    yield SimpleNamespace(rank=comm.rank, size=comm.size, comm=comm, store=store)
+    dist.destroy_process_group()
+    comm.Barrier()  # rank 0 serves the store until the last rank is done with it
