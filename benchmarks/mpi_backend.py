@@ -34,8 +34,8 @@ def open_groups() -> dict[str, dist.ProcessGroup]:
     store = served or dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
     mpi_backend.register()
     mpi_backend.register("mpi4py_spin", patience=mpi_backend.Patience(polls=1 << 60))
-    dist.init_process_group("cpu:gloo", store=store, rank=COMM.rank, world_size=COMM.size)
-    return {name: dist.new_group(backend=f"cpu:{name}") for name in ("gloo", "mpi4py_spin", "mpi4py")}
+    dist.init_process_group("gloo", store=store, rank=COMM.rank, world_size=COMM.size)
+    return {name: dist.new_group(backend=name) for name in ("gloo", "mpi4py_spin", "mpi4py")}
 
 
 def torch_calls(group: dist.ProcessGroup, whole: torch.Tensor, part: torch.Tensor) -> dict[str, Call]:

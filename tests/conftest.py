@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,21 +82,17 @@ class AgreeingRanks:
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[SimpleNamespace]:
-    """torch.distributed over MPI on all ranks: `rank`, `size`, `comm` and the `store` behind the default group."""
+    """The world as the trainer opens it, with `comm` (mpi4py's) and `store` (torch's) for tests of the wires."""
     import torch
     import torch.distributed as dist
-    from mpi4py import MPI
 
-    from hpcpar.comm import mpi_backend
+    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.config.surroundings import Surroundings
 
+    found = connect(Surroundings.read(os.environ))
     torch.set_num_threads(1)
-    comm, patience = MPI.COMM_WORLD, timedelta(seconds=TIMEOUT_S)
-    host = "127.0.0.1"
-    served = dist.TCPStore(host, 0, None, True, patience, wait_for_workers=False) if comm.rank == 0 else None
-    port = comm.bcast(served.port if served else None)
-    store = served or dist.TCPStore(host, port, None, False, patience, wait_for_workers=False)
-    mpi_backend.register()
-    dist.init_process_group("cpu:mpi4py", store=store, rank=comm.rank, world_size=comm.size, timeout=patience)
-    yield SimpleNamespace(rank=comm.rank, size=comm.size, comm=comm, store=store)
+    open_process_group(found)
+    store = dist.distributed_c10d._get_default_store()
+    yield SimpleNamespace(**vars(found), rank=found.rank, size=found.size, comm=found.communicator, store=store)
     dist.destroy_process_group()
-    comm.Barrier()  # rank 0 serves the store until the last rank is done with it
+    found.control.barrier()  # rank 0 serves the store until the last rank is done with it

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,8 +30,8 @@ from hpcpar.checkpoint.format import (
     step_of,
 )
 from hpcpar.checkpoint.index import write_index
-from hpcpar.checkpoint.load import published_sets
 from hpcpar.checkpoint.store import Dataset, checksum_file, fill_file, sync_folder, write_bytes, write_file
+from hpcpar.checkpoint.verify import published_sets
 from hpcpar.comm.control import Control
 from hpcpar.errors import CheckpointError
 from hpcpar.layout.buckets import Piece
@@ -58,9 +59,8 @@ def save_set(checkpoints: Path, step: int, layout: Layout, global_rank: int, con
     _together(control, folder, lambda: _prepare(checkpoints, folder) if alone else None)
     entries: list[FileEntry] = []
     for turn in range(ranks_per_file):
-        mine = global_rank % ranks_per_file == turn
-        answers = _together(control, folder, lambda m=mine: _write_own(folder, layout, global_rank, shards, m,  # type: ignore[misc]
-                                                                       ranks_per_file))
+        answers = _together(control, folder, partial(_write_own, folder, layout, global_rank, shards, ranks_per_file,
+                                                     turn))
         entries += [entry for entry, _ in answers if entry is not None]
     kinds = {rank: found for rank, (_, found) in enumerate(answers)}
 
@@ -83,7 +83,8 @@ def stored_boxes(layout: Layout, global_rank: int) -> tuple[StoredBox, ...]:
 
 def _together(control: Control, folder: Path, work: Callable[[], T]) -> list[T]:
     """Return every rank's result, or raise one CheckpointError on all if any rank's work raised."""
-    result, failed, cause = None, "", None
+    result: T | None = None
+    failed, cause = "", None
     try:
         result = work()
     except Exception as error:  # whatever it is: not to answer would leave the others waiting
@@ -97,7 +98,8 @@ def _together(control: Control, folder: Path, work: Callable[[], T]) -> list[T]:
         more = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
         raise CheckpointError(f"cannot save {folder.name[1:-4]}: rank {rank}{more}: {why}; older sets are untouched"
                               ) from cause
-    return [result for result, _ in answers]
+    results: list[T] = [result for result, _ in answers]
+    return results
 
 
 def _prepare(checkpoints: Path, folder: Path) -> None:
@@ -115,13 +117,13 @@ def _prepare(checkpoints: Path, folder: Path) -> None:
     sync_folder(checkpoints)
 
 
-def _write_own(folder: Path, layout: Layout, global_rank: int, shards: Shards, my_turn: bool,
-               ranks_per_file: int) -> tuple[FileEntry | None, dict[str, str]]:
+def _write_own(folder: Path, layout: Layout, global_rank: int, shards: Shards, ranks_per_file: int,
+               turn: int) -> tuple[FileEntry | None, dict[str, str]]:
     """Write this rank's boxes if it is its turn; return the file's entry if this rank was the last to write it."""
     kinds = {kind: str(buckets[0].dtype) for kind, buckets in shards.items()}
-    if not my_turn:
+    number, place = divmod(global_rank, ranks_per_file)
+    if place != turn:
         return None, kinds
-    number = global_rank // ranks_per_file
     pieces = layout.stored_pieces(global_rank)
     members = range(number * ranks_per_file, min((number + 1) * ranks_per_file, layout.mesh.size))
     plan = {rank: stored_boxes(layout, rank) if rank != global_rank else _boxes(pieces) for rank in members}

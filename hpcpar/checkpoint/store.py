@@ -149,7 +149,7 @@ def _write(path: Path, header: int, data: Mapping[int, memoryview]) -> FileEntry
 
 def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
     """View a contiguous array's bytes, without a copy."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _chunks(raw: memoryview) -> Iterator[memoryview]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from hpcpar.comm.control import Alone, Control, OverMPI
 from hpcpar.config.surroundings import Surroundings

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
 from hpcpar.comm.groups import Group
-
 
 # torch 2.13 renamed both and warns at every call of the old name; torch 2.11 has only the old
 _NEWEST_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -130,6 +130,16 @@ def mistake(run: RunFolder) -> Path:
     return run.logs / ".mistake"
 
 
+def death(run: RunFolder, rank: int, time_s: float) -> Path:
+    """Return the file that says when a rank died; the names sort by time."""
+    return run.logs / f".death-{time_s:017.6f}-{rank:05d}"
+
+
+def deaths(run: RunFolder) -> list[Path]:
+    """Return what the witnesses of all hosts have seen."""
+    return list(run.logs.glob(".death-*"))
+
+
 def publish_once(path: Path, text: str) -> bool:
     """Create a file with all of its text, or return False where it exists already.
 

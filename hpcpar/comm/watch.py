@@ -24,7 +24,20 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from hpcpar.comm.control import Control
-from hpcpar.comm.failure import DONE, FAILED, TOLD, Failure, Status, appeared, mistake, now, publish_once, say, tail
+from hpcpar.comm.failure import (
+    DONE,
+    FAILED,
+    TOLD,
+    Failure,
+    Status,
+    appeared,
+    deaths,
+    mistake,
+    now,
+    publish_once,
+    say,
+    tail,
+)
 from hpcpar.comm.witness import Charge, Task
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
@@ -156,7 +169,8 @@ def lifeline() -> int:
 
 def put_away(run: RunFolder) -> None:
     """Move an earlier start's failure.json to the first free failure-1.json, failure-2.json, ..."""
-    mistake(run).unlink(missing_ok=True)
+    for mark in (mistake(run), *deaths(run)):
+        mark.unlink(missing_ok=True)
     if run.failure.exists():
         number = 1
         while (kept := run.failure.with_name(f"failure-{number}.json")).exists():

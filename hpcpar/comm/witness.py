@@ -19,13 +19,15 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hpcpar.comm.failure import DONE, TOLD, Failure, LastWords, appeared, mistake, now, say, tail
+from hpcpar.comm.failure import DONE, TOLD, Failure, LastWords, appeared, death, deaths, mistake, now, say, tail
 from hpcpar.config.run_folder import RunFolder
 
 LOOK_S = 1.0
 """How often another host's failure is looked for."""
 PATIENCE_S = 2.0
 """How long a launcher may take to end the ranks before the witness does."""
+SETTLE_S = 0.1
+"""How long a death waits for the news of an earlier one; prterun stops listening 0.25 s after the first."""
 _EXITING = 0x4  # PF_EXITING of linux/sched.h: the wait status is set before a process's files are closed
 
 
@@ -111,7 +113,7 @@ class Witness:
     def __init__(self, task: Task):
         self._task, self._run = task, RunFolder(Path(task.run))
         self._deaths = Deaths(task.charges)
-        self._oom_kills = oom_kills()
+        self._oom_kills, self._spoken = oom_kills(), False
         self._status: dict[int, int] = {}
         for charge in task.charges:
             with contextlib.suppress(OSError):  # dead already
@@ -134,19 +136,33 @@ class Witness:
         return LastWords() if fd is None else LastWords.read(fd)
 
     def _died(self, charge: Charge) -> None:
-        """Publish and print a death, unless the root cause is known already."""
-        failure, words = self._failure(charge), self._words(charge)
+        """Publish and print the host's first death, unless the root cause is known or another host's was earlier."""
+        died = time.time()
+        failure, words = self._failure(charge, died), self._words(charge)
         if appeared(mistake(self._run)):
             return
-        try:
-            first = failure.publish(self._run)
-        except OSError:  # a full disk must not hide who died
-            first = True
-        if first:
-            # at once, not when the others have gone: prterun and Slurm stop listening when the ranks have ended
-            say(failure.block(self._run))
-        elif words.state != TOLD:
+        known, self._spoken = self._spoken or appeared(self._run.failure), True
+        if not known and self._earliest(charge.rank, died):
+            try:
+                first = failure.publish(self._run)
+            except OSError:  # a full disk must not hide who died
+                first = True
+            if first:
+                # at once, not when the others have gone: prterun and Slurm stop listening when the ranks have ended
+                say(failure.block(self._run))
+                return
+        if words.state != TOLD:
             self._tell_for(charge)
+
+    def _earliest(self, rank: int, died: float) -> bool:
+        """Return whether no other host has seen an earlier death: clocks agree better than launchers kill quickly."""
+        mine = death(self._run, rank, died)
+        try:
+            mine.touch()
+            time.sleep(SETTLE_S)
+            return min(deaths(self._run)) == mine
+        except (OSError, ValueError):
+            return True
 
     def _tell_for(self, charge: Charge) -> None:
         """Print the block of a rank that published its own error but was killed before it could print it."""
@@ -157,9 +173,9 @@ class Witness:
         except (OSError, ValueError):
             pass
 
-    def _failure(self, charge: Charge) -> Failure:
+    def _failure(self, charge: Charge, died: float) -> Failure:
         status = process_state(charge.pid)[1]  # first of all: a parent reaps the dead within a millisecond
-        words, died = self._words(charge), time.time()
+        words = self._words(charge)
         what = manner(words, status, oom_kills() > self._oom_kills)
         idle_s = None if words.noted is None else max(0.0, died - words.noted)
         return Failure(self._task.host, charge.rank, self._task.size, charge.coordinates, words.step, words.phase,

@@ -24,13 +24,15 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     tables = _read(Path(path))
     base = tables.pop("base", None)
     if base is not None:
+        if not isinstance(base, str):
+            raise UserError("base", f"is {json.dumps(base, default=str)}, must be text", 'write base = "other.toml"')
         beneath = _read(Path(path).parent / base)
         if "base" in beneath:
             raise UserError(str(base), "has a base of its own; one level is allowed", "copy its values")
-        tables = {key: _under(beneath.get(key, {}), tables.get(key, {})) for key in beneath | tables}
+        tables = {**beneath, **{key: _under(beneath.get(key), above) for key, above in tables.items()}}
     for dotted, value in parse_overrides(overrides).items():
         table, _, key = dotted.partition(".")
-        tables.setdefault(table, {})[key] = value
+        tables[table] = _under(tables.get(table, {}), {key: value})
     return job_from_tables(tables)
 
 
@@ -57,7 +59,9 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(word, "is not an option", "options look like --layout.tp 4")
         name, equals, text = word[2:].partition("=")
         if name not in hints:
-            raise UserError(f"--{name}", "unknown option", did_you_mean(name, hints))
+            close = did_you_mean(name, hints)
+            raise UserError(f"--{name}", "unknown option",
+                            close if close.endswith("?") else "`hpcpar options` lists them")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name}", "has no value", f"write --{name} VALUE")
@@ -74,7 +78,7 @@ def to_toml(job: Job) -> str:
         for f in dataclasses.fields(getattr(job, section.name)):
             value = getattr(getattr(job, section.name), f.name)
             if value is not None:
-                lines.append(f"{f.name} = {json.dumps(value)}")
+                lines.append(f"{f.name} = {_toml_text(value)}")
         lines.append("")
     return "\n".join(lines)
 
@@ -92,7 +96,7 @@ def describe_options() -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise UserError(str(path), f"cannot read the job file: {reason}", "give the path of a .toml file") from None
@@ -102,6 +106,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _under(beneath: Any, above: Any) -> Any:
     return {**beneath, **above} if isinstance(beneath, dict) and isinstance(above, dict) else above
+
+
+def _toml_text(value: Any) -> str:
+    # JSON is TOML, but for what lies beyond the basic plane (surrogate pairs) and for DEL; ASCII is safe in any locale
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c < "\x7f" else f"\\U{ord(c):08x}" for c in text)
 
 
 def _toml_value(text: str) -> Any:
@@ -160,7 +170,10 @@ def _convert(hint: Any, raw: Any) -> Any:
         values = [_convert(h, r) for h, r in zip(inner, raw, strict=False)]
         return None if len(inner) != len(raw) or any(v is None for v in values) else tuple(values)
     if hint is float and type(raw) in (int, float):
-        return float(raw) if math.isfinite(raw) else None
+        try:
+            return float(raw) if math.isfinite(raw) else None
+        except OverflowError:  # a whole number beyond all floats
+            return None
     return raw if type(raw) is hint else None
 
 

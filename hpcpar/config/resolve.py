@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hpcpar.config.job import Job, required
 from hpcpar.config.load import override
 from hpcpar.errors import UserError
@@ -45,7 +47,9 @@ def nearest(wanted: int, legal: list[int]) -> str:
 
 
 def _divisors(*numbers: int) -> list[int]:
-    return [d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)]
+    common = math.gcd(*numbers)
+    low = [d for d in range(1, math.isqrt(common) + 1) if common % d == 0]
+    return sorted({*low, *(common // d for d in low)})
 
 
 def _check_supported(job: Job) -> None:
@@ -64,9 +68,8 @@ def _check_model(job: Job) -> None:
              f"{kv_heads} does not divide model.heads = {model.heads}", nearest(kv_heads, _divisors(model.heads)))
     if model.kind == "llama":
         _require(job.head_dim % 2 == 0, "model.heads", f"rotary positions need an even head_dim, not {job.head_dim}",
-                 "nearest legal: " + str(max(d for d in _divisors(model.hidden) if d < model.heads
-                                             and model.hidden // d % 2 == 0)) if model.hidden % 2 == 0
-                 else "choose an even model.hidden")
+                 nearest(model.heads, [d for d in _divisors(model.hidden) if model.hidden // d % 2 == 0])
+                 if model.hidden % 2 == 0 else "choose an even model.hidden")
     _require(model.dropout < 1, "model.dropout", f"is {model.dropout}, must be below 1", "write 0.1")
 
 
@@ -111,7 +114,8 @@ def _check_batch(job: Job) -> None:
     _require(batch % unit == 0, "train.global_batch", f"{batch} {rule}", nearest(batch, legal))
     if job.optim.ramp is not None:
         start, increment, samples = job.optim.ramp
-        _require(0 < start <= batch and increment > 0 and samples >= 0 and (batch - start) % increment == 0, "optim.ramp",
+        whole = 0 < start <= batch and increment > 0 and samples >= 0 and (batch - start) % increment == 0
+        _require(whole, "optim.ramp",
                  f"{list(job.optim.ramp)} must go from start to global_batch = {batch} in whole increments",
                  f"for example [{unit}, {unit}, {10 * batch}]")
         for name, value in (("start", start), ("increment", increment)):

@@ -19,17 +19,17 @@ from hpcpar.config.job import Job
 from hpcpar.config.load import load_job, to_toml
 from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
-from hpcpar.entry import LocalTask, TrainTask
 from hpcpar.errors import UserError
 from hpcpar.submit.snapshot import Snapshot, take_snapshot
 from hpcpar.submit.spec import SubmitSpec, resolve_for_nodes, submit_spec
+from hpcpar.submit.tasks import LocalTask, TrainTask
 
 Executor = Literal["slurm", "local", "debug"]
 
 # What launchers and schedulers leave in a shell. SBATCH_* overrules the script; SLURM_CPU_BIND pins all ranks to
 # a few cores; PMI_* makes a new mpirun believe that it is a rank of another.
-LAUNCHER_PREFIXES = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "HYDRA_",
-                     "MPI_LOCAL", "SUBMITIT_")
+LAUNCHER_PREFIXES = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "OMPI_", "PRTE_",
+                     "HYDI_", "HYDRA_", "MPI_LOCAL", "SUBMITIT_")
 KEPT = ("SLURM_CONF",)  # where Slurm's own commands find the cluster
 
 
@@ -52,6 +52,11 @@ class Submission:
     def log(self) -> Path | None:
         """What rank 0 (Slurm) or all ranks (local) print."""
         return None if self.job is None else Path(self.job.paths.stdout)
+
+    def __str__(self) -> str:
+        if self.job is None:
+            return f"{self.script.read_text()}\n# nothing submitted: {self.num_tasks} ranks, kept in {self.script}"
+        return f"job {self.job_id}: {self.num_tasks} ranks, run folder {self.run}, log {self.log}"
 
 
 def submit(job_file: Path, overrides: Sequence[str], run: Path, environment: MutableMapping[str, str],
@@ -91,18 +96,20 @@ def _prepare(folder: RunFolder, job: Job, package: Path) -> Snapshot:
 
 def _to_slurm(spec: SubmitSpec, folder: RunFolder, code: Snapshot, dry_run: bool) -> Submission:
     beneath = folder.path / "submit"
-    executor = (_OnPaper if dry_run else submitit.SlurmExecutor)(folder=beneath, max_num_timeout=10_000)
-    executor.update_parameters(**slurm_parameters(spec, code))
     if dry_run:
-        script = beneath / "dry-run.sh"
-        script.write_text(executor.script())
+        script, paper = beneath / "dry-run.sh", _OnPaper(folder=beneath)
+        paper.update_parameters(**slurm_parameters(spec, code))
+        script.write_text(paper.script())
         return Submission(folder.path, script, code, spec.num_tasks)
+    # submitit counts the requeues after a time limit; a long run has many
+    executor = submitit.SlurmExecutor(folder=beneath, max_num_timeout=10_000)
+    executor.update_parameters(**slurm_parameters(spec, code))
     try:
         job = executor.submit(TrainTask(str(folder.path)))
     except FailedJobError as error:
         lines = [line for line in str(error).splitlines() if "error" in line] or str(error).splitlines()[-1:]
-        raise UserError("sbatch", "refused: " + " ".join(lines), "see [submit] and [machine] in the job, or --dry-run") \
-            from None
+        refused = "refused: " + " ".join(lines)
+        raise UserError("sbatch", refused, "see [submit] and [machine] in the job, or --dry-run") from None
     return Submission(folder.path, Path(job.paths.submission_file), code, spec.num_tasks, job)
 
 
@@ -119,7 +126,7 @@ def slurm_parameters(spec: SubmitSpec, code: Snapshot) -> dict[str, Any]:
     }
 
 
-class _OnPaper(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit ships no types that mypy is shown
+class _OnPaper(submitit.SlurmExecutor):
     """submitit's Slurm executor where Slurm is absent: makes the script, submits nothing."""
 
     @classmethod

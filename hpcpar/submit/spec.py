@@ -43,8 +43,8 @@ def resolve_for_nodes(job: Job) -> Job:
     job = resolve(override(job, layout={"dp": layout.dp or max(1, num_tasks // replica)}))
     if job.world_size != num_tasks:
         raise UserError(
-            "layout", f"tp {layout.tp} x pp {layout.pp} x dp {job.layout.dp} = {job.world_size} ranks, but [machine] has "
-            f"{machine.nodes} nodes x {machine.gpus_per_node} a node = {num_tasks}", _nearest_fix(job, replica))
+            "layout", f"tp {layout.tp} x pp {layout.pp} x dp {job.layout.dp} = {job.world_size} ranks, but [machine] "
+            f"has {machine.nodes} nodes x {machine.gpus_per_node} a node = {num_tasks}", _nearest_fix(job, replica))
     return job
 
 
@@ -55,7 +55,7 @@ def _nearest_fix(job: Job, replica: int) -> str:
         fixes.append(f"--machine.nodes {size // a_node}")
     elif size < a_node:
         fixes.append(f"--machine.nodes 1 --machine.gpus_per_node {size}")
-    elif size % nodes == 0:
+    elif size % nodes == 0 and size // nodes < a_node:  # a node does not grow GPUs
         fixes.append(f"--machine.gpus_per_node {size // nodes}")
     if nodes * a_node % replica == 0:
         fixes.append(f"--layout.dp {nodes * a_node // replica}")

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpcpar.checkpoint.load import latest_set, load_shards, read_state
+from hpcpar.checkpoint.load import load_shards
 from hpcpar.checkpoint.save import save_set
+from hpcpar.checkpoint.verify import latest_set, read_state, verify_together
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
@@ -85,9 +86,10 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
+        verify_together(found, world.control)
         progress = Progress(**state["progress"])
         main = {"fp64": np.float64}.get(job.train.precision, np.float32)
-        stored = load_shards(found, layout, world.rank, np.dtype(main))
+        stored = load_shards(found, layout, world.rank, main, verify=False)
         for kind, shards in optimizer.shards().items():
             for shard, values in zip(shards, stored[kind], strict=True):
                 shard.copy_(torch.from_numpy(values))
@@ -119,12 +121,16 @@ def _check_same(state: dict[str, object], job: Job, order: SampleOrder, path: Pa
                         "use the same store, or another --run folder")
 
 
-def train(run: Run) -> bool:
-    """Take steps until the job is done or someone asks to stop; return whether it is done. Every rank must call."""
+def train(run: Run, note: Callable[..., None]) -> bool:
+    """Take steps until the job is done or someone asks to stop; return whether it is done. Every rank must call.
+
+    `note(step=..., phase=...)` keeps where this rank is, for whoever asks after its death.
+    """
     flag, job, progress = StopFlag(), run.job, run.progress
     stopped, result = False, None
     while progress.step < job.train.steps and not stopped:
         start = time.perf_counter()
+        note(step=progress.step + 1, phase="step")
         wish = bool(flag.name) or (run.world.rank == 0 and run.folder.stop.exists())
         result = train_step(run.trainee, progress, run.order.tokens, wish)
         stopped = result.stop
@@ -135,9 +141,12 @@ def train(run: Run) -> bool:
             raise RunError(f"loss or gradient was not finite for {progress.skips} steps in a row (loss {result.loss}, "
                            f"gradient norm {result.grad_norm}); lower optim.lr, or raise train.max_skips")
         if job.data.validate_every and progress.step % job.data.validate_every == 0:
+            note(phase="validate")
             validate(run)
         if job.checkpoint.every and progress.step % job.checkpoint.every == 0:
+            note(phase="save")
             save(run)
+    note(phase="finish")
     done = progress.step >= job.train.steps
     if done and result is not None and not (job.data.validate_every and progress.step % job.data.validate_every == 0):
         validate(run)
@@ -177,7 +186,6 @@ def validate(run: Run) -> None:
 def save(run: Run) -> None:
     """Publish a checkpoint set of the current step. Every rank must call."""
     start, job = time.perf_counter(), run.job
-    run.trainee.pipeline.note("save")
     shards = {kind: [shard.cpu().numpy() for shard in tensors]
               for kind, tensors in run.trainee.optimizer.shards().items()}
     state = {"progress": run.progress.as_dict(), "job": dataclasses.asdict(job), "data": run.order.fingerprint}

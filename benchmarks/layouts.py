@@ -1,0 +1,251 @@
+"""Tokens per second of the layouts, beside plain PyTorch over gloo and beside one process with all cores.
+
+    python benchmarks/layouts.py [--json FILE] [--repeat 3] [--batch 8] [--steps 3] [--only 2,2,2]
+    python benchmarks/layouts.py --profile 2,2,2        # what eats a layout's time, rank by rank
+
+Every configuration is an `mpirun` of its own that trains a few steps; they take turns within a repetition, so that a
+disturbance of the machine hits them alike. A layout is written tp,pp,dp. Both sides train the same GPT in fp32 on the
+same tokens with AdamW (fused) and clipping; with a pipeline a microbatch is one sequence, else a replica's whole batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mpi4py
+import torch
+
+from peers import HEADS, HIDDEN, LAYERS, SEQ, VOCAB, rows, timed
+
+Sizes = tuple[int, int, int]  # tp, pp, dp
+LAYOUTS: list[Sizes] = [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)]
+FASTEST: dict[Sizes, dict[str, object]] = {}  # [layout] options of hpcpar that a layout is run with
+HERE = Path(__file__).resolve()
+TIMEOUT_S = 600
+
+
+# -- a rank of hpcpar -------------------------------------------------------------------------------------------------
+
+def hpcpar_rank(sizes: Sizes, batch: int, steps: int, options: dict[str, object], profile: bool) -> None:
+    """Train as one rank; rank 0 prints the seconds a step and the losses, with `profile` every rank's times too."""
+    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.comm.groups import open_groups
+    from hpcpar.config.job import Job
+    from hpcpar.config.load import override
+    from hpcpar.config.resolve import resolve
+    from hpcpar.config.surroundings import Surroundings
+    from hpcpar.layout.layout import Layout
+    from hpcpar.parallel.build import build, initialise
+    from hpcpar.train.state import Progress
+    from hpcpar.train.step import Trainee, train_step
+
+    world = connect(Surroundings.read(os.environ))
+    open_process_group(world)
+    tp, pp, dp = sizes
+    model = {"kind": "gpt", "layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "seq": SEQ, "vocab": VOCAB}
+    train = {"global_batch": batch, "microbatch": 1 if pp > 1 else batch // dp, "precision": "fp32", "steps": 1000}
+    layout = Layout(resolve(override(Job(), model=model, train=train, layout={"tp": tp, "pp": pp, "dp": dp, **options}),
+                            world.size))
+    watch = Stopwatch()
+    groups = open_groups(layout.mesh, world.rank)
+    pipeline, optimizer = build(layout, groups, world.device, watch.note if profile else lambda action: None)
+    initialise(optimizer, layout.job.train.seed)
+    trainee, progress = Trainee(layout, groups, pipeline, optimizer, world.device), Progress()
+    if profile and world.size > 1:
+        watch.see_waits()
+
+    def step(number: int) -> float:
+        watch.note("begin")
+        result = train_step(trainee, progress, lambda numbers: rows(int(numbers[0]), len(numbers)).numpy())
+        watch.note("between")
+        return result.loss
+
+    def barrier() -> None:
+        world.control.all_gather(None)
+        watch.clear_once()
+
+    seconds, losses = timed(step, barrier, steps)
+    result: dict[str, object] = {"seconds_per_step": seconds, "losses": losses}
+    if profile:
+        mine = {phase: (wall / steps, cpu / steps) for phase, (wall, cpu) in watch.totals.items()}
+        result["ranks"] = world.control.all_gather((str(groups.at), mine))
+    if world.rank == 0:
+        print(json.dumps(result), flush=True)
+    groups.close()
+
+
+class Stopwatch:
+    """Splits a rank's time without a gap: wall and CPU seconds by phase, waits for other ranks apart."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, tuple[float, float]] = {}
+        self.phase, self.since, self.clear = "between", (time.perf_counter(), time.process_time()), True
+
+    def switch(self, phase: str) -> str:
+        """Start a phase; returns the one that ends."""
+        now, before = (time.perf_counter(), time.process_time()), self.phase
+        wall, cpu = self.totals.get(before, (0.0, 0.0))
+        self.totals[before] = (wall + now[0] - self.since[0], cpu + now[1] - self.since[1])
+        self.phase, self.since = phase, now
+        return before
+
+    def note(self, action: str) -> None:
+        self.switch(action.rstrip("0123456789"))
+
+    def clear_once(self) -> None:
+        """Forget the warm-up: called at the barrier before the timed steps, and again, without effect, after them."""
+        self.switch(self.phase)
+        if self.clear:
+            self.totals, self.clear = {}, False
+
+    def see_waits(self) -> None:
+        from hpcpar.comm.mpi_backend import MPIWork
+
+        wait = MPIWork.wait
+
+        def watched(work: MPIWork, timeout: datetime.timedelta = datetime.timedelta(0)) -> bool:
+            before = self.switch(f"{self.phase} wait")
+            try:
+                return wait(work, timeout)
+            finally:
+                self.switch(before)
+
+        MPIWork.wait = watched  # type: ignore[method-assign]
+
+
+# -- the driver -------------------------------------------------------------------------------------------------------
+
+def start(side: str, sizes: Sizes, args: argparse.Namespace, profile: bool = False) -> dict:
+    """Run one configuration in a world of its own."""
+    size, environment = math.prod(sizes), {**os.environ, "HPCPAR_CPU": "1"}
+    environment.pop("OMP_NUM_THREADS", None)  # hpcpar divides the cores itself
+    words = [str(n) for n in sizes] + ["--batch", str(args.batch), "--steps", str(args.steps)]
+    if side == "plain":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            environment["MASTER_PORT"] = str(probe.getsockname()[1])
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        if size > 1:
+            environment["OMP_NUM_THREADS"] = "1"  # as torchrun does
+        command = [sys.executable, str(HERE.with_name("peers.py")), *words]
+    else:
+        options = json.dumps({**FASTEST.get(sizes, {}), **json.loads(args.options)})
+        command = [sys.executable, str(HERE), "--rank", *words[:3], *words[3:], "--options", options]
+        command += ["--profile", "-"] if profile else []
+    if size > 1:
+        command = ["mpirun", "-n", str(size), *command]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds_per_step"')]
+    if done.returncode or not lines:
+        sys.exit(f"{side} {sizes} failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    result: dict = json.loads(lines[0])
+    off = abs(result["losses"][0] - math.log(VOCAB))
+    if not off < 0.3:
+        sys.exit(f"{side} {sizes}: first loss {result['losses'][0]:.3f}, not near ln({VOCAB}) = {math.log(VOCAB):.3f}")
+    return result
+
+
+def compare(args: argparse.Namespace) -> None:
+    layouts = [s for s in LAYOUTS if s == (1, 1, 1) or not args.only or s == args.only]
+    speeds: dict[tuple[str, Sizes], list[float]] = {(side, s): [] for s in layouts for side in ("hpcpar", "plain")}
+    for repetition in range(args.repeat):
+        for (side, sizes), found in speeds.items():
+            result = start(side, sizes, args)
+            found.append(args.batch * SEQ / result["seconds_per_step"])
+            print(f"{repetition + 1}/{args.repeat} {side} {sizes}: {found[-1]:.0f} tokens/s, losses "
+                  + " ".join(f"{loss:.3f}" for loss in result["losses"]), file=sys.stderr, flush=True)
+    limit = max(statistics.median(speeds[side, (1, 1, 1)]) for side in ("hpcpar", "plain"))
+    facts = machine_facts(args)
+    print("\n".join(f"- {name}: {value}" for name, value in facts.items()), end="\n\n")
+    print("| tp,pp,dp | hpcpar tokens/s | of the limit | plain PyTorch tokens/s | of the limit | hpcpar/plain |")
+    print("|---|---|---|---|---|---|")
+    for sizes in layouts:
+        ours, theirs = speeds["hpcpar", sizes], speeds["plain", sizes]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]  # neighbours in time
+        medians = [statistics.median(values) for values in (ours, theirs)]
+        cells = [",".join(map(str, sizes)) + (" (the limit: the faster)" if math.prod(sizes) == 1 else "")]
+        for values, median in zip((ours, theirs), medians, strict=True):
+            cells += [spread(values, ".0f"), f"{median / limit:.0%}"]
+        print("| " + " | ".join([*cells, spread(ratios, ".2f")]) + " |")
+    print("\nmedian (min-max) over repetitions. hpcpar: ZeRO-1, sequence parallel; options other than the defaults:",
+          FASTEST or "none", args.options)
+    print("plain: DDP; DTensor with sequence and loss parallelism; Schedule1F1B; together: one all-reduce over dp.")
+    if args.json:
+        table = [{"side": side, "tp_pp_dp": sizes, "tokens_per_s": v} for (side, sizes), v in speeds.items()]
+        args.json.write_text(json.dumps({"facts": facts, "limit": limit, "speeds": table}, indent=1))
+
+
+def spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
+
+
+def machine_facts(args: argparse.Namespace) -> dict[str, object]:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.machine())
+    return {
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {cpu}; 1-minute load at the end {os.getloadavg()[0]:.1f}",
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}, mpi4py {mpi4py.__version__}",
+        "model": f"GPT {LAYERS} x {HIDDEN}, {HEADS} heads, seq {SEQ}, vocab {VOCAB}, tied, fp32",
+        "run": f"batch {args.batch}, {args.steps} timed steps after 2, {args.repeat} repetitions, 8 ranks",
+    }
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Print wall/CPU milliseconds a step of every rank by phase."""
+    columns = {  # heading -> phases
+        "forward": ["F"], "backward": ["B"], "tp waits in both": ["F wait", "B wait"],
+        "messages": ["rf", "sf", "rb", "sb"], "waits for messages": ["rf wait", "sf wait", "rb wait", "sb wait"],
+        "reduce": ["reduce"], "reduce waits": ["reduce wait"], "update": ["update"], "gather waits": ["update wait"],
+        "other": ["begin", "between", "begin wait", "between wait"],
+    }
+    result = start("hpcpar", args.profile, args, profile=True)
+    print(f"tp,pp,dp {args.profile}, batch {args.batch}: {result['seconds_per_step']:.3f} s a step; "
+          f"wall/CPU milliseconds a step\n")
+    print("| rank | " + " | ".join(columns) + " | all |\n" + "|---" * (len(columns) + 2) + "|")
+    sums = [(0.0, 0.0)] * (len(columns) + 1)
+    for rank, (at, phases) in enumerate(result["ranks"]):
+        cells = [tuple(1e3 * sum(phases.get(p, (0, 0))[k] for p in names) for k in (0, 1))
+                 for names in [*columns.values(), list(phases)]]
+        sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums, cells, strict=True)]
+        print(f"| {rank}: {at} | " + " | ".join(f"{wall:.0f}/{cpu:.0f}" for wall, cpu in cells) + " |")
+    print("| sum | " + " | ".join(f"{wall:.0f}/{cpu:.0f}" for wall, cpu in sums) + " |")
+    cores = len(os.sched_getaffinity(0))
+    print(f"\nThe cores could give {1e3 * cores * result['seconds_per_step']:.0f} ms of CPU a step.")
+
+
+def main() -> None:
+    def sizes(text: str) -> Sizes | None:
+        return tuple(int(n) for n in text.split(",")) if text != "-" else None  # type: ignore[return-value]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step, over all replicas")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", type=sizes, help="a single layout beside the limit")
+    parser.add_argument("--profile", type=sizes, metavar="TP,PP,DP")
+    parser.add_argument("--options", default="{}", help="JSON of hpcpar [layout] options to try, beside the fastest")
+    parser.add_argument("--rank", type=int, nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args([*sys.argv[1:]])
+    if args.rank:
+        hpcpar_rank(tuple(args.rank), args.batch, args.steps, json.loads(args.options), "--profile" in sys.argv)
+    elif args.profile:
+        profile(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()

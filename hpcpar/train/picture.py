@@ -1,0 +1,67 @@
+"""Pictures of a run, drawn from the files in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from hpcpar.config.job import Job
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.errors import UserError
+from hpcpar.train.metrics import read_metrics
+
+
+def draw_run(folder: RunFolder, job: Job) -> list[Path]:
+    """Draw loss.png and, if there is a timeline, timeline.png into the run folder; return their paths."""
+    lines = read_metrics(folder.metrics)
+    if not lines:
+        raise UserError(str(folder.path), "has no metrics yet", "train first: hpcpar train JOB --run DIR")
+    pictures = [_draw_loss(folder, job, lines)]
+    if folder.timeline.exists():
+        pictures.append(_draw_timeline(folder))
+    return pictures
+
+
+def _draw_loss(folder: RunFolder, job: Job, lines: list[dict[str, float]]) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "val_loss" in line]
+    axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], linewidth=1, label="training")
+    axes.plot([s["step"] for s in held_out], [s["val_loss"] for s in held_out], "o", markersize=4, label="validation")
+    axes.axhline(math.log(job.model.vocab), linestyle=":", color="grey", label=f"ln {job.model.vocab}: no knowledge")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=str(folder.path))
+    axes.legend()
+    path = folder.path / "loss.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_timeline(folder: RunFolder) -> Path:
+    """Draw every rank's measured actions in the last step: forwards, backwards, and waiting for messages."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    told = json.loads(folder.timeline.read_text())
+    ranks, colours = told["ranks"], {"F": "tab:blue", "B": "tab:orange", "r": "lightgrey", "s": "tab:green"}
+    origin = min(start for rank in ranks for _, start, _ in rank["events"])
+    figure = Figure(figsize=(10, 1.2 + 0.35 * len(ranks)), layout="constrained")
+    axes = figure.subplots()
+    for row, rank in enumerate(ranks):
+        for name, start, end in rank["events"]:
+            axes.barh(row, (end - start) * 1e3, left=(start - origin) * 1e3, color=colours[name[0]], height=0.8,
+                      edgecolor="white", linewidth=0.3)
+            if name[0] in "FB":
+                axes.text((start + end) / 2e-3 - origin * 1e3, row, name[1:], ha="center", va="center", fontsize=6)
+    axes.set_yticks(range(len(ranks)), [f"stage {r['pp_rank']} dp {r['dp_rank']} tp {r['tp_rank']}" for r in ranks])
+    axes.invert_yaxis()
+    names = {"F": "forward", "B": "backward", "r": "waiting for a message", "s": "posting a send"}
+    axes.legend(handles=[Patch(color=colours[k], label=n) for k, n in names.items()], ncols=4, fontsize=7,
+                loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes.set(xlabel="ms", title=f"step {told['step']} as it was measured (numbers are microbatches)")
+    path = folder.path / "timeline.png"
+    figure.savefig(path, dpi=110)
+    return path

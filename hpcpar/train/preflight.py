@@ -1,0 +1,29 @@
+"""What is checked before any communicator is made: the text of a job, and the folder of its run."""
+
+from __future__ import annotations
+
+from hpcpar.checkpoint.verify import latest_set
+from hpcpar.config.job import Job
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.data.sampler import SampleOrder
+from hpcpar.data.store import TokenStore
+from hpcpar.errors import UserError
+
+
+def open_order(job: Job) -> SampleOrder:
+    """Open the job's stores and lay out the sample order. Raises UserError for what is missing or does not fit."""
+    blend = ((job.data.store, 1.0),) if isinstance(job.data.store, str) else job.data.store
+    stores = [TokenStore.open(path) for path, _ in blend]
+    for store in stores:
+        if store.vocab_size > job.model.vocab:
+            raise UserError("model.vocab", f"{job.model.vocab} is smaller than the vocabulary of {store.path}: "
+                            f"{store.vocab_size}", f"write vocab = {store.vocab_size}")
+    return SampleOrder(stores, [weight for _, weight in blend], job.model.seq, job.train.seed, job.data.validation)
+
+
+def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
+    """Refuse a folder that was trained in but has no valid set, unless the user wants to start anew there."""
+    trained = folder.metrics.exists() or (folder.checkpoints.exists() and any(folder.checkpoints.iterdir()))
+    if trained and not allow_fresh and latest_set(folder.checkpoints) is None:
+        raise UserError(str(folder.path), "was trained in, but holds no valid checkpoint set",
+                        "choose another --run folder, or start anew in it with --allow-fresh")

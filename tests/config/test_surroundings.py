@@ -1,0 +1,48 @@
+"""What launchers and schedulers say through the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpcpar.config.surroundings import Surroundings
+
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "8"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8"}
+SRUN = {**BATCH, "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}
+
+
+@pytest.mark.parametrize(("environment", "rank", "num_tasks", "launcher", "job_id"), [
+    ({}, 0, 1, "", ""),
+    (HYDRA, 3, 8, "mpirun", ""),
+    (OPEN_MPI, 3, 8, "mpirun", ""),
+    (SRUN, 3, 8, "srun", "77"),
+    ({**SRUN, **HYDRA}, 3, 8, "srun", "77"),
+    (BATCH, 0, 1, "", "77"),
+    ({**BATCH, **HYDRA}, 3, 8, "mpirun", "77"),
+    ({**BATCH, "SLURM_PROCID": "0"}, 0, 1, "", "77"),
+    ({"SLURM_STEP_NUM_TASKS": "8"}, 0, 1, "", ""),
+    # hydra starts one proxy a node through srun: the ranks are hydra's, not the step's
+    ({**BATCH, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", **HYDRA}, 3, 8, "srun", "77"),
+    ({"PMI_RANK": "", "PMI_SIZE": "x"}, 0, 1, "", ""),
+    ({"PMI_RANK": "-1", "PMI_SIZE": "0"}, 0, 1, "", ""),
+])
+def test_ranks_tasks_and_launcher(
+    environment: dict[str, str], rank: int, num_tasks: int, launcher: str, job_id: str
+) -> None:
+    found = Surroundings.read(environment)
+    assert (found.rank, found.num_tasks, found.launcher, found.job_id) == (rank, num_tasks, launcher, job_id)
+    assert found.host
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])
+def test_flags_are_on_only_when_they_say_1(value: str, on: bool) -> None:
+    assert Surroundings.read({"HPCPAR_LIVE": value}).live is on
+    assert Surroundings.read({"HPCPAR_CPU": value}).gpus is not on
+    assert Surroundings.read({}).gpus and not Surroundings.read({}).live
+
+
+def test_the_process_environment_itself_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**HYDRA, **SRUN, "HPCPAR_LIVE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert Surroundings.read({}) == Surroundings(host=Surroundings.read({}).host)

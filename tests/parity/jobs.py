@@ -1,0 +1,107 @@
+"""Jobs that cover all pairs of what may interact, and the full product."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hpcpar.config.job import Job
+from hpcpar.config.load import override
+from hpcpar.config.resolve import resolve
+from hpcpar.errors import UserError
+
+MESHES = [(t, p, n // t // p) for n in (1, 2, 4, 8) for t in (1, 2, 4, 8) for p in (1, 2, 4, 8) if n % (t * p) == 0]
+FACTORS: dict[str, list[Any]] = {
+    "mesh": MESHES,
+    "schedule": ["1f1b", "gpipe"],
+    "sequence_parallel": [True, False],
+    "tied": [True, False],
+    "kind": ["gpt", "llama"],
+    "vocab": [64, 61],
+    "layers": [8, 9],  # 9 is divisible by no pp
+    "kv_heads": [8, 2],  # 2 is fewer than tp 4 and 8
+    "clip": [0.05, 0.0],  # active at every step, or off
+    "accumulation": [1, 3],
+    "recompute": ["none", "selective", "full"],
+    "dropout": [0.0, 0.1],
+    "zero": [1, 0],
+    "ramp": [False, True],
+}
+Choice = dict[str, Any]
+
+
+def all_pairs() -> list[Choice]:
+    """Choose rows greedily until every pair of values of two factors stands in one. Deterministic."""
+    names = list(FACTORS)
+    open_pairs = {(a, i, b, j) for a, b in itertools.combinations(names, 2)
+                  for i in range(len(FACTORS[a])) for j in range(len(FACTORS[b]))}
+    rng = np.random.default_rng(0)
+    rows: list[Choice] = []
+    while open_pairs:
+        best: dict[str, int] = {}
+        best_gain = -1
+        for _ in range(60):
+            row = {name: int(rng.integers(len(FACTORS[name]))) for name in names}
+            a, i, b, j = min(open_pairs) if best_gain < 0 else row_pair(rng, open_pairs)
+            row[a], row[b] = i, j
+            gain = sum((x, row[x], y, row[y]) in open_pairs for x, y in itertools.combinations(names, 2))
+            if gain > best_gain:
+                best, best_gain = row, gain
+        open_pairs -= {(x, best[x], y, best[y]) for x, y in itertools.combinations(names, 2)}
+        rows.append({name: FACTORS[name][index] for name, index in best.items()})
+    return rows
+
+
+def row_pair(rng: np.random.Generator, pairs: set[tuple[str, int, str, int]]) -> tuple[str, int, str, int]:
+    """Pick one of the open pairs."""
+    return sorted(pairs)[int(rng.integers(len(pairs)))]
+
+
+def full_product(max_ranks: int) -> Iterator[Choice]:
+    """Yield every combination that fits."""
+    for values in itertools.product(*FACTORS.values()):
+        choice = dict(zip(FACTORS, values, strict=True))
+        if int(np.prod(choice["mesh"])) <= max_ranks:
+            yield choice
+
+
+def job_of(choice: Choice, precision: str = "fp64") -> Job:
+    """Make a small job of a choice; the learning rate is high, so that an error in one step shows in the next."""
+    tp, pp, dp = choice["mesh"]
+    batch = dp * choice["accumulation"]
+    return resolve(override(
+        Job(),
+        model={"kind": choice["kind"], "layers": choice["layers"], "hidden": 32, "heads": 8, "ffn": 48, "seq": 8,
+               "kv_heads": choice["kv_heads"], "vocab": choice["vocab"], "tied": choice["tied"],
+               "dropout": choice["dropout"], "init_std": 0.1},
+        layout={"tp": tp, "pp": pp, "dp": dp, "schedule": choice["schedule"], "zero": choice["zero"],
+                "sequence_parallel": choice["sequence_parallel"], "recompute": choice["recompute"],
+                "bucket_mib": 0.02},
+        train={"global_batch": 2 * batch if choice["ramp"] else batch, "microbatch": 1, "precision": precision,
+               "steps": 20},
+        optim={"lr": 0.01, "clip": choice["clip"], "warmup_steps": 3,
+               "ramp": (batch, batch, 4 * batch) if choice["ramp"] else None},
+    ))
+
+
+def name_of(choice: Choice) -> str:
+    """Name a choice for the report."""
+    tp, pp, dp = choice["mesh"]
+    return f"tp{tp}-pp{pp}-dp{dp}-" + "-".join(str(v) for k, v in choice.items() if k != "mesh")
+
+
+def random_tokens(vocab: int, seq: int) -> Any:
+    """Return a function from sample numbers to tokens [n, seq + 1], without a store."""
+    return lambda numbers: np.stack([np.random.default_rng([7, int(n)]).integers(0, vocab, seq + 1) for n in numbers])
+
+
+def legal(choice: Choice) -> bool:
+    """Whether a choice resolves to a job."""
+    try:
+        job_of(choice)
+    except UserError:
+        return False
+    return True
