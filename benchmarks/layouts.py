@@ -25,7 +25,6 @@ from pathlib import Path
 
 import mpi4py
 import torch
-
 from peers import HEADS, HIDDEN, LAYERS, SEQ, VOCAB, rows, timed
 
 Sizes = tuple[int, int, int]  # tp, pp, dp

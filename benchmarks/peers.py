@@ -106,10 +106,6 @@ class GPT(nn.Module):
         return self.head(self.norm(x)) if self.last else x
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
     """Replace a stage's parameters by DTensors; between stages and layers go local pieces of the sequence."""
     if stage.first:
@@ -130,7 +126,7 @@ def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
             "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
         })
     if stage.last:
-        head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
+        head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1))
         parallelize_module(stage, mesh, {"norm": SequenceParallel(), "head": head})
     stage.tie()
 
@@ -155,8 +151,13 @@ class Peer:
 
     def _open_pipeline(self, pp_rank: int) -> None:
         """Make the schedule, and the group of the two stages that hold the tied embedding."""
-        stage = PipelineStage(self.stage, pp_rank, self.pp, torch.device("cpu"), group=self.mesh.get_group("pp"))
-        self.schedule = Schedule1F1B(stage, self.own_batch, loss_fn=cross_entropy)
+        # shapes are given: finding them out by a trial run hangs where stages hold DTensors (torch 2.13 on gloo)
+        between = torch.empty(1, SEQ // self.tp, HIDDEN, requires_grad=True)
+        takes = torch.empty(1, SEQ, dtype=torch.int64) if self.stage.first else between
+        gives = torch.empty(1, SEQ, VOCAB // self.tp, requires_grad=True) if self.stage.last else between
+        stage = PipelineStage(self.stage, pp_rank, self.pp, torch.device("cpu"), group=self.mesh.get_group("pp"),
+                              input_args=(takes,), output_args=(gives,))
+        self.schedule = Schedule1F1B(stage, self.own_batch, loss_fn=self.loss)
         ranks = self.mesh.mesh[[0, -1]].flatten(1).T.tolist()  # of every (dp, tp): its rank on the two end stages
         self.ends, _ = dist.new_subgroups_by_enumeration(ranks)
         if self.stage.first:
@@ -181,8 +182,13 @@ class Peer:
         self.optimizer.step()
         return loss
 
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.tp > 1:
+            logits = DTensor.from_local(logits, self.mesh["tp"], [Shard(-1)])
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
     def plain(self, tokens: Tensor, targets: Tensor) -> float:
-        loss = cross_entropy(self.model(tokens), targets)
+        loss = self.loss(self.model(tokens), targets)
         loss.backward()
         return float(local(loss.detach()))
 

@@ -113,7 +113,7 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     job = resolve(load_job(args.job, words), surroundings.num_tasks)
     folder = _run_folder(args)
 
-    from hpcpar.train.preflight import check_run_folder, open_order
+    from hpcpar.train.preflight import check_run_folder, open_order, put_aside
 
     order = open_order(job)
     check_run_folder(folder, args.allow_fresh)
@@ -124,6 +124,9 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     from hpcpar.train.loop import start_run, train
 
     world = connect(surroundings)
+    if args.allow_fresh and world.rank == 0:
+        put_aside(folder)
+    world.control.barrier()
     folder.create()
     logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
                         format="%(asctime)s %(levelname)s %(message)s")

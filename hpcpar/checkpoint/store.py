@@ -131,18 +131,22 @@ def sync_folder(path: Path) -> None:
 def _write(path: Path, header: int, data: Mapping[int, memoryview]) -> FileEntry:
     """Write `header`'s bytes with `data` (by place) laid over its holes, from front to back."""
     end = os.fstat(header).st_size
-    digest, at = xxhash.xxh3_128(), 0
+    digest, at, nothing = xxhash.xxh3_128(), 0, bytes(CHUNK_BYTES)
     with path.open("xb") as file:
         for place in [*sorted(data), end]:
             while at < place:
                 chunk = os.pread(header, min(CHUNK_BYTES, place - at), at)
                 digest.update(chunk)
-                file.write(chunk)
+                if chunk == nothing:  # a hole that another rank fills
+                    file.seek(len(chunk), os.SEEK_CUR)
+                else:
+                    file.write(chunk)
                 at += len(chunk)
             for piece in _chunks(data.get(place, memoryview(b""))):
                 digest.update(piece)
                 file.write(piece)
                 at += len(piece)
+        file.truncate(at)  # where the last chunk was a hole
         _sync(file)
     return FileEntry(path.name, at, digest.hexdigest())
 

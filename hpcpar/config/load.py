@@ -29,7 +29,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         beneath = _read(Path(path).parent / base)
         if "base" in beneath:
             raise UserError(str(base), "has a base of its own; one level is allowed", "copy its values")
-        tables = {**beneath, **{key: _under(beneath.get(key), above) for key, above in tables.items()}}
+        tables = {**beneath, **{key: _under(beneath.get(key, {}), above) for key, above in tables.items()}}
     for dotted, value in parse_overrides(overrides).items():
         table, _, key = dotted.partition(".")
         tables[table] = _under(tables.get(table, {}), {key: value})
@@ -105,7 +105,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _under(beneath: Any, above: Any) -> Any:
-    return {**beneath, **above} if isinstance(beneath, dict) and isinstance(above, dict) else above
+    if isinstance(beneath, dict) and isinstance(above, dict):
+        return {**beneath, **above}
+    return above if isinstance(beneath, dict) else beneath  # what is not a table is refused later, not covered up
 
 
 def _toml_text(value: Any) -> str:

@@ -84,7 +84,7 @@ class LocalTask:
 
 
 def _enter(words: list[str]) -> int:
-    """Do in this process, which is a rank, what `python -m hpcpar.entry WORDS` does in its own; return its exit code."""
+    """Do in this process, a rank, what `python -m hpcpar.entry WORDS` does in its own; return its exit code."""
     sys.argv[1:] = words
     try:
         runpy.run_module("hpcpar.entry", run_name="__main__")  # the door is started, as by the shell, not imported

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hpcpar.checkpoint.verify import latest_set
+from hpcpar.checkpoint.verify import latest_set, published_sets
 from hpcpar.config.job import Job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.data.sampler import SampleOrder
 from hpcpar.data.store import TokenStore
-from hpcpar.errors import UserError
+from hpcpar.errors import CheckpointError, UserError
 
 
 def open_order(job: Job) -> SampleOrder:
@@ -22,8 +22,30 @@ def open_order(job: Job) -> SampleOrder:
 
 
 def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
-    """Refuse a folder that was trained in but has no valid set, unless the user wants to start anew there."""
+    """Refuse a folder that was trained in but has no valid set, unless the user wants to start anew there.
+
+    A broken newest set is refused in any case while an older good one exists: which to go on from is for people.
+    """
     trained = folder.metrics.exists() or (folder.checkpoints.exists() and any(folder.checkpoints.iterdir()))
-    if trained and not allow_fresh and latest_set(folder.checkpoints) is None:
+    try:
+        found = latest_set(folder.checkpoints)
+    except CheckpointError as error:
+        if published_sets(folder.checkpoints) or not allow_fresh:
+            raise UserError(str(folder.path), str(error), "or choose another --run folder, or, where no good set is "
+                            "left, start anew in this one with --allow-fresh") from None
+        found = None
+    if trained and found is None and not allow_fresh:
         raise UserError(str(folder.path), "was trained in, but holds no valid checkpoint set",
                         "choose another --run folder, or start anew in it with --allow-fresh")
+
+
+def put_aside(folder: RunFolder) -> None:
+    """Move what an unusable earlier start left (`checkpoints`, `metrics.jsonl`) out of the way; nothing is deleted."""
+    if published_sets(folder.checkpoints):
+        return
+    for path in (folder.checkpoints, folder.metrics):
+        if path.exists():
+            number = 1
+            while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+                number += 1
+            path.rename(aside)

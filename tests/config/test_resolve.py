@@ -44,7 +44,7 @@ def test_derived_values_are_filled_in() -> None:
 
 @pytest.mark.parametrize(("hidden", "ffn"), [(48, 128), (4096, 10944), (384, 1024), (24, 64)])
 def test_llama_ffn_is_two_thirds_of_four_hidden_rounded_up_to_64(hidden: int, ffn: int) -> None:
-    assert resolve(wish(model={"kind": "llama", "hidden": hidden})).model.ffn == ffn
+    assert resolve(wish(model={"kind": "llama", "hidden": hidden, "heads": 4})).model.ffn == ffn
 
 
 @pytest.mark.parametrize(("tables", "world_size", "dp"), [
@@ -77,7 +77,7 @@ def test_nearest_names_the_neighbours(wanted: int, legal: list[int], said: str) 
     ({"layout": {"tp": 5}},
      "layout.tp: 5 must divide model.heads = 12 and model.ffn = 192; nearest legal: 4 or 6"),
     ({"layout": {"tp": 100}}, "layout.tp: 100 must divide model.heads = 12 and model.ffn = 192; nearest legal: 12"),
-    ({"layout": {"tp": 12}, "model": {"kv_heads": 4, "ffn": 60}}, None),
+    ({"layout": {"tp": 12}, "model": {"kv_heads": 4, "ffn": 60, "seq": 24}}, None),
     ({"layout": {"tp": 6}, "model": {"kv_heads": 4}},
      "layout.tp: 6 must divide model.heads = 12 and model.ffn = 192, and divide model.kv_heads = 4 or be a multiple "
      "of it; nearest legal: 4 or 12"),
@@ -87,7 +87,7 @@ def test_nearest_names_the_neighbours(wanted: int, legal: list[int], said: str) 
     ({"model": {"kv_heads": 5}}, "model.kv_heads: 5 does not divide model.heads = 12; nearest legal: 4 or 6"),
     ({"model": {"kv_heads": 24}}, "model.kv_heads: 24 does not divide model.heads = 12; nearest legal: 12"),
     ({"model": {"kind": "llama", "heads": 16}},
-     "model.heads: rotary positions need an even head_dim, not 3; nearest legal: 12"),
+     "model.heads: rotary positions need an even head_dim, not 3; nearest legal: 12 or 24"),
     ({"model": {"kind": "llama", "hidden": 45, "heads": 9}},
      "model.heads: rotary positions need an even head_dim, not 5; choose an even model.hidden"),
     ({"model": {"kind": "llama", "heads": 1}}, None),
@@ -165,13 +165,13 @@ def test_a_slip_of_many_digits_is_refused_and_not_searched_for_minutes() -> None
 def random_tables(draw: random.Random) -> dict[str, dict[str, Any]]:
     """A configuration near the border of what is legal: about half are refused."""
     heads = draw.choice([1, 2, 3, 4, 6, 8])
-    hidden = heads * draw.choice([1, 2, 3, 4]) + draw.choice([0, 0, 0, 0, 0, 0, 0, 1])
-    tp, pp, dp = draw.choice([1, 1, 2, 2, 3, 4]), draw.choice([1, 1, 2, 3, 5]), draw.choice([1, 2, 3, None])
+    hidden = heads * draw.choice([2, 2, 3, 4]) + draw.choice([0, 0, 0, 0, 0, 0, 0, 1])
+    tp, pp, dp = draw.choice([1, 1, 1, 2, 2, 3, 4]), draw.choice([1, 1, 2, 3, 5]), draw.choice([1, 2, 3, None])
     microbatch = draw.choice([1, 2])
     batch = microbatch * (dp or 1) * draw.randint(1, 4) + draw.choice([0, 0, 0, 0, 0, 1])
     return {
         "model": {"kind": draw.choice(["gpt", "llama"]), "layers": draw.randint(1, 6), "hidden": hidden, "heads": heads,
-                  "kv_heads": draw.choice([None, None, 1, 2, 4]), "ffn": draw.choice([None, 12, 24, 25]),
+                  "kv_heads": draw.choice([None, None, None, None, 1, 2, 4]), "ffn": draw.choice([None, None, 12, 24, 25]),
                   "seq": draw.choice([12, 12, 12, 7]), "vocab": draw.choice([2, 13, 24, 51]),
                   "tied": draw.random() < 0.5},
         "layout": {"tp": tp, "pp": pp, "dp": dp, "zero": draw.choice([0, 1]),

@@ -21,10 +21,10 @@ FACTORS: dict[str, list[Any]] = {
     "tied": [True, False],
     "kind": ["gpt", "llama"],
     "vocab": [64, 61],
-    "layers": [8, 9],  # 9 is divisible by no pp
+    "spare_layers": [0, 1],  # beyond max(2, pp): with 1 the stages are uneven
     "kv_heads": [8, 2],  # 2 is fewer than tp 4 and 8
     "clip": [0.05, 0.0],  # active at every step, or off
-    "accumulation": [1, 3],
+    "accumulation": [1, 2],
     "recompute": ["none", "selective", "full"],
     "dropout": [0.0, 0.1],
     "zero": [1, 0],
@@ -74,7 +74,7 @@ def job_of(choice: Choice, precision: str = "fp64") -> Job:
     batch = dp * choice["accumulation"]
     return resolve(override(
         Job(),
-        model={"kind": choice["kind"], "layers": choice["layers"], "hidden": 32, "heads": 8, "ffn": 48, "seq": 8,
+        model={"kind": choice["kind"], "layers": max(2, pp) + choice["spare_layers"], "hidden": 32, "heads": 8, "ffn": 48, "seq": 8,
                "kv_heads": choice["kv_heads"], "vocab": choice["vocab"], "tied": choice["tied"],
                "dropout": choice["dropout"], "init_std": 0.1},
         layout={"tp": tp, "pp": pp, "dp": dp, "schedule": choice["schedule"], "zero": choice["zero"],

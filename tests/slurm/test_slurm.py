@@ -191,6 +191,7 @@ def test_a_signal_stops_cleanly_and_the_requeued_job_finishes(place, way):
     place.until_state(job_id, "PENDING")
     assert len(list(place.run.glob("signalled-*"))) == 4, place.logs()
     assert "12" in (place.run / "signalled-3").read_text()  # on the second node too
+    time.sleep(2)  # a node refuses credentials of the second in which it was told to end the job
 
     def completed() -> bool:
         if place.state(job_id) == "PENDING":  # Slurm waits two minutes, and sets them anew when the old step has ended

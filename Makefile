@@ -1,0 +1,61 @@
+# `make demo` and `make test` each do all the set-up on a fresh machine: Python >= 3.11, make and git are enough.
+# `make test PYTHON=/path/to/python` uses an environment that is already there.
+
+ifdef PYTHON
+BIN := $(dir $(shell command -v $(PYTHON)))
+DEMO_READY :=
+TEST_READY :=
+else
+BIN := .venv/bin/
+DEMO_READY := .venv/demo-ready
+TEST_READY := .venv/test-ready
+endif
+RANKS := $(BIN)mpirun -n 8
+# pip's mpirun must be found by what the tests start; Open MPI needs the rest as root and on few cores
+export PATH := $(abspath $(BIN)):$(PATH)
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+
+.PHONY: help demo test check test-one test-ranks parity-all bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: $(DEMO_READY)  ## train a 10M GPT on the Python library's text at tp 2 x pp 2 x dp 2, stop, resume at dp 4, look
+	BIN=$(abspath $(BIN)) bash jobs/demo.sh
+
+test: $(TEST_READY) test-one test-ranks  ## the whole suite: in one process, then on 8 ranks (about 10 minutes, 2 cores)
+
+test-one: $(TEST_READY)  ## the part that needs no ranks, and what starts its own
+	$(BIN)python -m pytest -q tests
+
+test-ranks: $(TEST_READY)  ## the part that runs on 8 ranks
+	$(RANKS) $(BIN)python -m pytest -q tests
+
+check: $(TEST_READY)  ## lint, types, import law
+	$(BIN)ruff check .
+	$(BIN)mypy hpcpar
+	$(BIN)python -m pytest -q tests/test_import_law.py
+
+parity-all: $(TEST_READY)  ## the full product of parity jobs (hours); PARITY_SAMPLE=N takes N of them
+	$(RANKS) $(BIN)python tests/parity/all.py $(PARITY_SAMPLE)
+
+bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
+	$(BIN)python benchmarks/layouts.py
+
+clean:  ## remove the environment and what the demo made
+	rm -rf .venv runs stores
+
+.venv/bin/python:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'hpcpar needs Python >= 3.11 as python3; or give one: make $(MAKECMDGOALS) PYTHON=/path/to/python' >&2; exit 2; }
+	python3 -m venv .venv
+
+.venv/demo-ready: .venv/bin/python setup.cfg constraints-cpu.txt
+	$(BIN)python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mpi]'
+	touch $@
+
+.venv/test-ready: .venv/bin/python setup.cfg constraints-cpu.txt
+	$(BIN)python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mpi,test]'
+	touch $@ .venv/demo-ready
