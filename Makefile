@@ -39,7 +39,7 @@ check: $(TEST_READY)  ## lint, types, import law
 	$(BIN)python -m pytest -q tests/test_import_law.py
 
 parity-all: $(TEST_READY)  ## the full product of parity jobs (hours); PARITY_SAMPLE=N takes N of them
-	$(RANKS) $(BIN)python tests/parity/all.py $(PARITY_SAMPLE)
+	$(RANKS) $(BIN)python -m tests.parity.all $(PARITY_SAMPLE)
 
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py

@@ -174,6 +174,9 @@ class Peer:
         self.optimizer.zero_grad()
         with loss_parallel() if self.tp > 1 else nullcontext():
             loss = self.pipelined(tokens, targets) if self.pp > 1 else self.plain(tokens, targets)
+        for parameter in self.stage.parameters():
+            if isinstance(parameter.grad, DTensor):  # sum what is partial once, not in the norm and in AdamW again
+                parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
         if self.tied is not None:
             dist.all_reduce(local(self.tied.grad), group=self.ends)
         if self.dp > 1 and self.model is self.stage:

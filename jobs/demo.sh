@@ -16,8 +16,8 @@ done
 hpcpar data build "${text[@]}" "$stdlib"/*.py --out $store --vocab 4096
 rm -rf $run
 
-say "2. training on 8 ranks: tp 2 x pp 2 x dp 2; after step 100 somebody creates $run/STOP"
-( until [ "$(grep -c '"loss"' $run/metrics.jsonl 2>/dev/null)" -ge 100 ]; do sleep 0.5; done; touch $run/STOP ) &
+say "2. training on 8 ranks: tp 2 x pp 2 x dp 2; after step 80 somebody creates $run/STOP"
+( until [ "$(grep -c '"loss"' $run/metrics.jsonl 2>/dev/null)" -ge 80 ]; do sleep 0.5; done; touch $run/STOP ) &
 code=0
 mpirun -n 8 hpcpar train $job || code=$?
 wait

@@ -14,6 +14,7 @@ import pytest
 
 from hpcpar import cli
 from hpcpar.config.load import to_toml
+from hpcpar.data.store import TokenStore
 from hpcpar.train.metrics import read_metrics
 from tests.train.small import make_job, make_store
 
@@ -63,7 +64,8 @@ def test_a_folder_without_a_valid_set_is_refused(place, capsys):
 def test_a_vocabulary_larger_than_the_models_is_refused(place, capsys):
     assert cli.main(["train", str(place / "job.toml"), "--run", str(place / "x"), "--model.vocab", "100"]) == 2
     error = capsys.readouterr().err
-    assert "model.vocab" in error and "write vocab = 300" in error and not (place / "x").exists()
+    known = TokenStore.open(place / "store").vocab_size
+    assert "model.vocab" in error and f"write vocab = {known}" in error and not (place / "x").exists()
 
 
 def test_bad_input_under_mpirun_is_one_line(place):
@@ -91,7 +93,7 @@ def test_one_dead_rank_ends_a_training_run_with_one_root_cause(place, how):
     words = ["train", place / "job.toml", "--run", run, "--layout.tp", "2", "--layout.pp", "2",
              "--train.steps", "100000", "--data.validate_every", "0"]
     command = ["mpirun", "-n", "4", sys.executable, "-m", "hpcpar.cli", *map(str, words)]
-    if how == "raise":  # the store shrinks under the run: reading tokens fails
+    if how == "raise":
         command[4:4] = ["-c", FAULTY]
         command.remove("-m"), command.remove("hpcpar.cli")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -105,8 +107,8 @@ def test_one_dead_rank_ends_a_training_run_with_one_root_cause(place, how):
         process.kill()
     assert process.returncode != 0 and time.monotonic() - start < 30
     cause = json.loads((run / "failure.json").read_text())
-    assert cause["rank"] == 2 and cause["coordinates"]["pp_rank"] == 1 and cause["step"] >= 2
-    assert error.count("ROOT CAUSE") == 1 or error.count("root cause") >= 1
+    assert cause["rank"] == 2 and cause["coordinates"]["pp"] == 1 and cause["step"] >= 2
+    assert error.lower().count("root cause") == 1
     if how == "raise":
         assert "told to fail" in error
 
