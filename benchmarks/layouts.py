@@ -34,8 +34,6 @@ HERE = Path(__file__).resolve()
 TIMEOUT_S = 600
 
 
-# -- a rank of hpcpar -------------------------------------------------------------------------------------------------
-
 def hpcpar_rank(sizes: Sizes, batch: int, steps: int, options: dict[str, object], profile: bool) -> None:
     """Train as one rank; rank 0 prints the seconds a step and the losses, with `profile` every rank's times too."""
     from hpcpar.comm.bootstrap import connect, open_process_group
@@ -123,7 +121,7 @@ class Stopwatch:
         MPIWork.wait = watched  # type: ignore[method-assign]
 
 
-# -- the driver -------------------------------------------------------------------------------------------------------
+# -- the driver
 
 def start(side: str, sizes: Sizes, args: argparse.Namespace, profile: bool = False) -> dict:
     """Run one configuration in a world of its own."""
@@ -237,7 +235,7 @@ def main() -> None:
     parser.add_argument("--profile", type=sizes, metavar="TP,PP,DP")
     parser.add_argument("--options", default="{}", help="JSON of hpcpar [layout] options to try, beside the fastest")
     parser.add_argument("--rank", type=int, nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args([*sys.argv[1:]])
+    args = parser.parse_args()
     if args.rank:
         hpcpar_rank(tuple(args.rank), args.batch, args.steps, json.loads(args.options), "--profile" in sys.argv)
     elif args.profile:

@@ -24,15 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    loss_parallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Replicate, Shard, parallel
 from torch.nn.parallel import DistributedDataParallel
 
 HIDDEN, LAYERS, HEADS, SEQ, VOCAB = 512, 8, 8, 256, 8192
@@ -41,8 +33,7 @@ WARM_UP = 2  # steps that are not timed
 
 def rows(first: int, count: int) -> Tensor:
     """Samples [first, first + count) of the benchmark's data: [count, seq + 1] random tokens, equal on all sides."""
-    generator = torch.Generator().manual_seed(1)
-    pool = torch.randint(VOCAB, (256, SEQ + 1), generator=generator)
+    pool = torch.randint(VOCAB, (256, SEQ + 1), generator=torch.Generator().manual_seed(1))
     return pool[torch.arange(first, first + count) % len(pool)]
 
 
@@ -109,25 +100,23 @@ class GPT(nn.Module):
 def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
     """Replace a stage's parameters by DTensors; between stages and layers go local pieces of the sequence."""
     if stage.first:
-        embedding = {
-            "token": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-            "position": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)),
-        }
-        parallelize_module(stage, mesh, embedding)
+        token, position = (parallel.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(d)) for d in (1, 0))
+        parallel.parallelize_module(stage, mesh, {"token": token, "position": position})
+    whole = parallel.PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
     for block in stage.blocks:
-        parallelize_module(block, mesh, {
-            "attention_norm": SequenceParallel(),
-            "attention": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-            **{f"attention.{name}": ColwiseParallel() for name in "qkv"},
-            "attention.out": RowwiseParallel(output_layouts=Shard(1)),
-            "mlp_norm": SequenceParallel(),
-            "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-            "mlp.up": ColwiseParallel(),
-            "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
+        parallel.parallelize_module(block, mesh, {
+            "attention_norm": parallel.SequenceParallel(),
+            "attention": whole,
+            **{f"attention.{name}": parallel.ColwiseParallel() for name in "qkv"},
+            "attention.out": parallel.RowwiseParallel(output_layouts=Shard(1)),
+            "mlp_norm": parallel.SequenceParallel(),
+            "mlp": whole,
+            "mlp.up": parallel.ColwiseParallel(),
+            "mlp.down": parallel.RowwiseParallel(output_layouts=Shard(1)),
         })
     if stage.last:
-        head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1))
-        parallelize_module(stage, mesh, {"norm": SequenceParallel(), "head": head})
+        head = parallel.ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1))
+        parallel.parallelize_module(stage, mesh, {"norm": parallel.SequenceParallel(), "head": head})
     stage.tie()
 
 
@@ -160,10 +149,8 @@ class Peer:
         self.schedule = Schedule1F1B(stage, self.own_batch, loss_fn=self.loss)
         ranks = self.mesh.mesh[[0, -1]].flatten(1).T.tolist()  # of every (dp, tp): its rank on the two end stages
         self.ends, _ = dist.new_subgroups_by_enumeration(ranks)
-        if self.stage.first:
-            self.tied = self.stage.token.weight
-        elif self.stage.last:
-            self.tied = self.stage.head.weight
+        if self.stage.first or self.stage.last:
+            self.tied = self.stage.token.weight if self.stage.first else self.stage.head.weight
         if self.tied is not None:  # equal first values
             dist.broadcast(local(self.tied.data), group=self.ends, group_src=0)
 
@@ -172,7 +159,7 @@ class Peer:
         mine = rows(number * self.batch + self.dp_rank * self.own_batch, self.own_batch)
         tokens, targets = mine[:, :-1], mine[:, 1:]
         self.optimizer.zero_grad()
-        with loss_parallel() if self.tp > 1 else nullcontext():
+        with parallel.loss_parallel() if self.tp > 1 else nullcontext():
             loss = self.pipelined(tokens, targets) if self.pp > 1 else self.plain(tokens, targets)
         for parameter in self.stage.parameters():
             if isinstance(parameter.grad, DTensor):  # sum what is partial once, not in the norm and in AdamW again
@@ -248,16 +235,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     rank, size = int(os.environ.get("PMI_RANK", "0")), int(os.environ.get("PMI_SIZE", "1"))
-    address = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}", rank=rank, world_size=size)
     torch.manual_seed(1)
     peer = Peer(*args.sizes, args.batch)
     seconds, losses = timed(peer.step, dist.barrier, args.steps)
     total = torch.tensor(losses)
     dist.all_reduce(total)
-    replicas = args.sizes[0] * args.sizes[2]  # ranks that know a loss
+    total /= args.sizes[0] * args.sizes[2]  # ranks that know a loss
     if rank == 0:
-        print(json.dumps({"seconds_per_step": seconds, "losses": (total / replicas).tolist()}), flush=True)
+        print(json.dumps({"seconds_per_step": seconds, "losses": total.tolist()}), flush=True)
     dist.destroy_process_group()
 
 

@@ -96,6 +96,7 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         optimizer.publish_weights()
     metrics = None
     if world.rank == 0:
+        folder.stop.unlink(missing_ok=True)  # now, not when it was obeyed: a requeue asks whether it is there
         folder.config.write_text(to_toml(job))
         metrics = Metrics(folder, job, progress, world.device, live)
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
@@ -209,8 +210,6 @@ def _write_timeline(run: Run, result: StepResult) -> None:
 def _finish(run: Run, done: bool) -> None:
     """Say how it ended and what comes next."""
     run.world.control.barrier()
-    if run.world.rank == 0:
-        run.folder.stop.unlink(missing_ok=True)
     path = run.folder.path
     run.say(f"done: {run.progress.step} steps; next: hpcpar generate {path}, or hpcpar show {path} --plot" if done else
             f"stopped cleanly at step {run.progress.step}; the same command goes on from there")

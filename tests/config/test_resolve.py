@@ -166,13 +166,15 @@ def random_tables(draw: random.Random) -> dict[str, dict[str, Any]]:
     """A configuration near the border of what is legal: about half are refused."""
     heads = draw.choice([1, 2, 3, 4, 6, 8])
     hidden = heads * draw.choice([2, 2, 3, 4]) + draw.choice([0, 0, 0, 0, 0, 0, 0, 1])
-    tp, pp, dp = draw.choice([1, 1, 1, 2, 2, 3, 4]), draw.choice([1, 1, 2, 3, 5]), draw.choice([1, 2, 3, None])
+    tp, pp = draw.choice([1, 1, 1, 2, 2, 3, 4]), draw.choice([1, 1, 2, 3, 5])
+    dp = draw.choice([1, 2, 3, None])
     microbatch = draw.choice([1, 2])
     batch = microbatch * (dp or 1) * draw.randint(1, 4) + draw.choice([0, 0, 0, 0, 0, 1])
     return {
-        "model": {"kind": draw.choice(["gpt", "llama"]), "layers": draw.randint(1, 6), "hidden": hidden, "heads": heads,
-                  "kv_heads": draw.choice([None, None, None, None, 1, 2, 4]), "ffn": draw.choice([None, None, 12, 24, 25]),
-                  "seq": draw.choice([12, 12, 12, 7]), "vocab": draw.choice([2, 13, 24, 51]),
+        "model": {"kind": draw.choice(["gpt", "llama"]), "layers": draw.randint(1, 6), "hidden": hidden,
+                  "heads": heads, "kv_heads": draw.choice([None, None, None, None, 1, 2, 4]),
+                  "ffn": draw.choice([None, None, 12, 24, 25]), "seq": draw.choice([12, 12, 12, 7]),
+                  "vocab": draw.choice([2, 13, 24, 51]),
                   "tied": draw.random() < 0.5},
         "layout": {"tp": tp, "pp": pp, "dp": dp, "zero": draw.choice([0, 1]),
                    "cp": draw.choice([1] * 30 + [2]), "schedule": draw.choice(["gpipe", "1f1b"]),

@@ -44,10 +44,10 @@ def test_yuans_2128_ranks_store_every_element_once() -> None:
 
 def test_yuan_in_words() -> None:
     text = describe(yuan())
-    assert "245,734,883,328 (245.73B)" in text or "(245.73B)" in text
+    assert "(245.73B)" in text
     assert "2128 = pp 38 x dp 7 x tp 8" in text
     assert len([line for line in text.splitlines() if line.startswith("stage ")]) == 38
-    assert "rank " not in text.split("stage 37", 1)[1]
+    assert not [line for line in text.splitlines() if line.startswith("rank ")]
 
 
 @pytest.mark.parametrize("zero", [0, 1])

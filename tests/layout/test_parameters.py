@@ -59,7 +59,7 @@ def test_published_counts() -> None:
 @pytest.mark.parametrize("kind", ["gpt", "llama"])
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 6])
 def test_tp_boxes_cover_every_tensor_as_often_as_it_is_shared(kind: str, tp_size: int) -> None:
-    for p in parameter_table(model(kind=kind, kv_heads=1, tied=False)):
+    for p in parameter_table(model(kind=kind, kv_heads=1, ffn=48, tied=False)):
         held = torch.zeros(p.shape, dtype=torch.int64)
         for tp_rank in range(tp_size):
             box = p.box(tp_size, tp_rank)

@@ -1,0 +1,134 @@
+"""The door: what is wrong is said in one line on stderr, with exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hpcpar.cli import main
+
+DEMO = Path(__file__).parents[1] / "jobs" / "demo.toml"
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As if started by hand in an empty folder, wherever the tests run."""
+    for name in list(os.environ):
+        if name.startswith(("PMI", "OMPI_", "SLURM_", "HPCPAR_")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def write(text: str) -> str:
+    Path("job.toml").write_text(text)
+    return "job.toml"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("hpcpar: ") and err.endswith("\n") and err.count("\n") == 1
+    assert "Traceback" not in err
+    return err.removeprefix("hpcpar: ").strip()
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    ([], ["COMMAND", "see hpcpar --help"]),
+    (["trian"], ["'trian'", "'train'", "see hpcpar --help"]),
+    (["data"], ["ACTION", "see hpcpar data --help"]),
+    (["data", "biuld"], ["'biuld'", "'build'"]),
+    (["data", "build", "x"], ["--out"]),
+    (["data", "build", "x", "--out", "y", "--vocab", "many"], ["--vocab", "'many'"]),
+    (["train"], ["job", "see hpcpar train --help"]),
+    (["generate", "run", "--tokens", "few"], ["--tokens", "'few'"]),
+    (["generate", "run", "--layout.tp", "2"], ["--layout.tp", "is not an option of this command"]),
+    (["options", "--all"], ["--all", "is not an option of this command"]),
+    (["submit", "job.toml", "--executor", "pbs"], ["--executor", "'pbs'", "'slurm'"]),
+])
+def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]) -> None:
+    said = refused(capsys, *argv)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("command", ["train", "show", "parity"])
+def test_wrong_jobs(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert refused(capsys, command, "none.toml").startswith("none.toml: cannot read the job file: No such file")
+    assert refused(capsys, command, write("[model\n")).startswith("job.toml: is not TOML")
+    assert refused(capsys, command, write("[modle]\n")) == "modle: unknown table; did you mean model?"
+    assert refused(capsys, command, write("[model]\nheads = 5\n")).startswith("model.heads: 5 does not divide")
+    assert refused(capsys, command, write(""), "--model.layer", "3").startswith("--model.layer: unknown option")
+    assert refused(capsys, command, write(""), "--model.layers").startswith("--model.layers: has no value")
+    assert refused(capsys, command, write(""), "--model.layers", "many").startswith('model.layers: is "many", must be')
+
+
+@pytest.mark.parametrize("command", ["train", "parity"])
+def test_a_world_of_another_size(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    assert "tp 2 x pp 2 x dp 1 = 4, but 1 rank was started; start 4 ranks" in refused(capsys, command, str(DEMO))
+    monkeypatch.setenv("PMI_SIZE", "6")
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert "but 6 ranks were started" in refused(capsys, command, str(DEMO))
+
+
+def test_of_many_ranks_only_the_first_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpcpar.cli.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("PMI_SIZE", "6")
+    monkeypatch.setenv("PMI_RANK", "5")
+    assert main(["train", str(DEMO)]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("argv", [["train", "job.toml"], ["parity", "job.toml"], ["data", "show", "none/store"]])
+def test_a_missing_store(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    write('[data]\nstore = "none/store"\n')
+    assert "none/store" in refused(capsys, *argv)
+    assert not Path("runs").exists()
+
+
+def test_missing_texts_and_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.txt" in refused(capsys, "data", "build", "none.txt", "--out", "store")
+    assert "none: has no published checkpoint" in refused(capsys, "generate", "none")
+    assert "not a run folder" in refused(capsys, "show", str(DEMO), "--plot")
+
+
+def test_show_an_empty_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    assert "cannot read the job file" in refused(capsys, "show", "empty")
+
+
+def test_show_prints_the_job_its_parameters_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(DEMO), "--schedule"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    # gpt: 12 l h^2 + 13 l h + (V + s) h + 2 h
+    count = 12 * 8 * 288**2 + 13 * 8 * 288 + (4096 + 128) * 288 + 2 * 288
+    assert any(line.split()[:2] == ["parameters", f"{count:,}"] for line in lines)
+    assert any("4 = pp 2 x dp 1 x tp 2" in line for line in lines)
+    assert [line.split()[1] for line in lines if line.startswith("stage ") and "layers" in line] == ["0", "1"]
+    assert "stage 0  F0 F1 .. B0 F2 B1 F3 B2 .. B3" in out
+    assert "dp = 1" in lines and "kv_heads = 8" in lines
+
+
+def test_show_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(DEMO), "--layout.pp", "4", "--layout.tp=1"]) == 0
+    assert "4 = pp 4 x dp 1 x tp 1" in capsys.readouterr().out
+
+
+def test_options_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["options"]) == 0
+    assert "--layout.tp" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in ("train", "show", "generate", "parity", "submit", "options", "data"))
