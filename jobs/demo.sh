@@ -13,11 +13,11 @@ for part in pydoc_data asyncio collections concurrent ctypes email encodings htm
             multiprocessing tkinter unittest urllib xml xmlrpc; do
   [ -d "$stdlib/$part" ] && text+=("$stdlib/$part")
 done
-hpcpar data build "${text[@]}" "$stdlib"/*.py --out $store --vocab 4096
+hpcpar data build "${text[@]}" "$stdlib"/*.py --out $store --vocab 2048
 rm -rf $run
 
-say "2. training on 8 ranks: tp 2 x pp 2 x dp 2; after step 80 somebody creates $run/STOP"
-( until [ "$(grep -c '"loss"' $run/metrics.jsonl 2>/dev/null)" -ge 80 ]; do sleep 0.5; done; touch $run/STOP ) &
+say "2. training on 8 ranks: tp 2 x pp 2 x dp 2; after step 100 somebody creates $run/STOP"
+( until [ "$(grep -c '"loss"' $run/metrics.jsonl 2>/dev/null)" -ge 100 ]; do sleep 0.5; done; touch $run/STOP ) &
 code=0
 mpirun -n 8 hpcpar train $job || code=$?
 wait
@@ -36,6 +36,6 @@ import json, math
 lines = [json.loads(text) for text in open("runs/demo/metrics.jsonl")]
 losses = [line["loss"] for line in lines if "loss" in line]
 first, last = losses[0], sum(losses[-10:]) / 10
-print(f"\nloss {first:.2f} (ln 4096 = {math.log(4096):.2f}) -> {last:.2f}: {last / math.log(4096):.0%}")
-assert last < 0.6 * math.log(4096), "the loss should fall below 60% of ln(vocabulary)"
+print(f"\nloss {first:.2f} (ln 2048 = {math.log(2048):.2f}) -> {last:.2f}: {last / math.log(2048):.0%}")
+assert last < 0.6 * math.log(2048), "the loss should fall below 60% of ln(vocabulary)"
 END
