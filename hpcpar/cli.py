@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the input is wrong, 3 the run failed, 75 wants to go on."""
     surroundings = Surroundings.read(os.environ)
     try:
-        args, words = _parser().parse_known_args(argv)
+        rest, words = _split(sys.argv[1:] if argv is None else argv)
+        args = _parser().parse_args(rest)
         if words and not args.overrides:
             raise UserError(words[0], "is not an option of this command", f"see hpcpar {args.command} --help")
         command: Callable[[argparse.Namespace, Words, Surroundings], int] = args.function
@@ -36,6 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             time.sleep(1)  # a launcher that ends the others at the first exit would swallow rank 0's line
         return error.exit_code
+
+
+def _split(argv: Sequence[str]) -> tuple[Words, Words]:
+    """Part a command line into what argparse knows and the overrides (a dotted flag and its value)."""
+    rest: Words = []
+    words: Words = []
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            rest.append(word)
+            continue
+        words.append(word)
+        if "=" not in word and waiting and not waiting[0].startswith("--"):
+            words.append(waiting.pop(0))
+    return rest, words
 
 
 class _Command(NamedTuple):
@@ -193,9 +211,14 @@ def _parity(args: argparse.Namespace, words: Words, surroundings: Surroundings) 
     from hpcpar.train.parity import compare
 
     world = connect(surroundings)
-    open_process_group(world)
     tolerance = {"fp64": 1e-10, "fp32": 1e-5}[job.train.precision]
-    found = compare(job, world, order.tokens, args.steps, tolerance)
+    try:
+        open_process_group(world)
+        found = compare(job, world, order.tokens, args.steps, tolerance)
+    except BaseException:
+        traceback.print_exc()
+        world.abort(3)  # the others wait in a collective, and MPI's own end would wait for them
+        raise
     if world.rank == 0:
         print(f"{args.steps} steps of {job.world_size} ranks against one process, {job.train.precision}: largest "
               f"differences: loss {found.loss:.1e}, gradient norm {found.grad_norm:.1e}"

@@ -74,8 +74,8 @@ def job_of(choice: Choice, precision: str = "fp64") -> Job:
     batch = dp * choice["accumulation"]
     return resolve(override(
         Job(),
-        model={"kind": choice["kind"], "layers": max(2, pp) + choice["spare_layers"], "hidden": 32, "heads": 8, "ffn": 48, "seq": 8,
-               "kv_heads": choice["kv_heads"], "vocab": choice["vocab"], "tied": choice["tied"],
+        model={"kind": choice["kind"], "layers": max(2, pp) + choice["spare_layers"], "hidden": 32, "heads": 8,
+               "ffn": 48, "seq": 8, "kv_heads": choice["kv_heads"], "vocab": choice["vocab"], "tied": choice["tied"],
                "dropout": choice["dropout"], "init_std": 0.1},
         layout={"tp": tp, "pp": pp, "dp": dp, "schedule": choice["schedule"], "zero": choice["zero"],
                 "sequence_parallel": choice["sequence_parallel"], "recompute": choice["recompute"],
