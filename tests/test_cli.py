@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpcpar.cli import main
+from hpcpar.config.load import load_job
 
 DEMO = Path(__file__).parents[1] / "jobs" / "demo.toml"
 
@@ -45,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     (["train"], ["job", "see hpcpar train --help"]),
     (["generate", "run", "--tokens", "few"], ["--tokens", "'few'"]),
     (["generate", "run", "--layout.tp", "2"], ["--layout.tp", "is not an option of this command"]),
-    (["options", "--all"], ["--all", "is not an option of this command"]),
+    (["options", "--all"], ["unrecognized arguments: --all"]),
     (["submit", "job.toml", "--executor", "pbs"], ["--executor", "'pbs'", "'slurm'"]),
 ])
 def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]) -> None:
@@ -97,6 +98,11 @@ def test_missing_texts_and_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not a run folder" in refused(capsys, "show", str(DEMO), "--plot")
 
 
+def test_an_override_may_stand_before_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "--layout.tp", "4", "--layout.pp=1", str(DEMO)]) == 0
+    assert "4 = pp 1 x dp 1 x tp 4" in capsys.readouterr().out
+
+
 def test_show_an_empty_folder(capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
     assert "cannot read the job file" in refused(capsys, "show", "empty")
@@ -107,8 +113,9 @@ def test_show_prints_the_job_its_parameters_and_stages(capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
-    # gpt: 12 l h^2 + 13 l h + (V + s) h + 2 h
-    count = 12 * 8 * 288**2 + 13 * 8 * 288 + (4096 + 128) * 288 + 2 * 288
+    model = load_job(DEMO).model
+    h, layers = model.hidden, model.layers
+    count = 12 * layers * h**2 + 13 * layers * h + (model.vocab + model.seq) * h + 2 * h
     assert any(line.split()[:2] == ["parameters", f"{count:,}"] for line in lines)
     assert any("4 = pp 2 x dp 1 x tp 2" in line for line in lines)
     assert [line.split()[1] for line in lines if line.startswith("stage ") and "layers" in line] == ["0", "1"]

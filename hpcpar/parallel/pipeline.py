@@ -45,8 +45,7 @@ class Pipeline:
         """Play a program; gradients are of sum over microbatches of loss x loss_factor.
 
         `microbatch(m)` gives this replica's microbatch m of `batch` sequences. A program without backwards keeps no
-        activations. The last backward is announced, so that finished gradients
-        can be reduced while it runs.
+        activations. The last backward is announced, so that finished gradients can be reduced while it runs.
         """
         played = Played()
         last_backward = max((i for i, a in enumerate(program) if a.kind is Kind.BACKWARD), default=-1)

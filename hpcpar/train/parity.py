@@ -19,7 +19,7 @@ from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
 from hpcpar.optim.schedules import batch_size, learning_rate
 from hpcpar.parallel.buckets import FlatBucket
-from hpcpar.parallel.build import DTYPES, build, initialise
+from hpcpar.parallel.build import build, initialise
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Tokens, Trainee, train_step
 
@@ -35,8 +35,12 @@ class Snapshot:
 
 
 def oracle(job: Job, tokens: Tokens, steps: int, device: torch.device) -> Iterator[Snapshot]:
-    """Train the job's model as one process would write it: no bucket, no shard, no schedule, torch's own AdamW."""
-    model, optim, dtype = job.model, job.optim, DTYPES[job.train.precision]
+    """Train the job's model as one process would write it: no bucket, no shard, no schedule, torch's own AdamW.
+
+    The truth about bf16 and fp16 is fp32: weights kept at 8 or 11 bits would be a worse model, not a reference.
+    """
+    model, optim = job.model, job.optim
+    dtype = torch.float64 if job.train.precision == "fp64" else torch.float32
     network = Transformer(model, range(model.layers), first=True, last=True).to(device, dtype)
     with torch.no_grad():
         for p in parameter_table(model):
