@@ -51,12 +51,11 @@ Step = tuple[MPI.Request, Callable[[], object] | None, object]
 class Patience:
     """How a rank waits: `polls` tests that yield the core, then tests `sleep_s` apart, or a tenth of a message's wait.
 
-    A rank that only spins takes the core from computing ranks wherever ranks outnumber cores (8 ranks on 2 cores, seven
-    waiting: the computing one takes 4 times as long, with sched_yield as without). One that sleeps early keeps others
-    waiting, because MPI moves data only inside its own calls: 50 polls make small all-reduces 2.5 times as long there,
-    and 200 make a 1.5 ms step of two ranks with a core each 20 % longer; 300 cost neither anything measurable. Between
-    two ranks nobody else is kept waiting, so a wait for a message may sleep longer the longer it has lasted: a pipeline
-    of 8 stages on 2 cores takes 2.0 s a step instead of 2.6. (Collectives do not bear it: 8 tp ranks 4.2 s, not 2.8.)
+    A rank that only spins takes the core from computing ranks (8 ranks on 2 cores, seven waiting: the computing one takes
+    4 times as long). One that sleeps early keeps others waiting, for MPI moves data only inside its own calls: 50 polls
+    make small all-reduces 2.5 times as long there, 300 cost nothing measurable. Between two ranks nobody else waits, so
+    the longer a wait for a message has lasted, the longer it sleeps: 8 pipeline stages on 2 cores take 2.0 s a step
+    instead of 2.6. (Collectives do not bear it: 8 tp ranks 4.2 s, not 2.8.)
     """
 
     polls: int = 300
