@@ -51,7 +51,7 @@ Step = tuple[MPI.Request, Callable[[], object] | None, object]
 class Patience:
     """How a rank waits: `polls` tests that yield the core, then tests `sleep_s` apart, or a tenth of a message's wait.
 
-    A rank that only spins takes the core from computing ranks (8 ranks on 2 cores, seven waiting: the computing one takes
+    A rank that only spins takes the core from computing ones (8 ranks on 2 cores, seven waiting: the eighth takes
     4 times as long). One that sleeps early keeps others waiting, for MPI moves data only inside its own calls: 50 polls
     make small all-reduces 2.5 times as long there, 300 cost nothing measurable. Between two ranks nobody else waits, so
     the longer a wait for a message has lasted, the longer it sleeps: 8 pipeline stages on 2 cores take 2.0 s a step
