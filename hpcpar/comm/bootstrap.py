@@ -22,7 +22,6 @@ class World:
 
     control: Control
     host: str
-    local_rank: int
     device: torch.device
     communicator: Any = None  # mpi4py's, or None for a single process
     seconds: dict[str, float] = field(default_factory=dict)  # by phase of the bootstrap
@@ -52,7 +51,7 @@ def connect(surroundings: Surroundings) -> World:
     """
     start = time.perf_counter()
     if not surroundings.launcher:
-        return World(Alone(), surroundings.host, 0, _device(surroundings, 0))
+        return World(Alone(), surroundings.host, _device(surroundings, 0))
     from mpi4py import MPI  # initialises MPI; a process by itself needs no MPI runtime at all
 
     communicator = MPI.COMM_WORLD
@@ -71,7 +70,7 @@ def connect(surroundings: Surroundings) -> World:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     seconds["host map"] = time.perf_counter() - start
     device = _device(surroundings, local_rank)
-    return World(OverMPI(communicator), surroundings.host, local_rank, device, communicator, seconds)
+    return World(OverMPI(communicator), surroundings.host, device, communicator, seconds)
 
 
 def open_process_group(world: World) -> None:

@@ -25,11 +25,8 @@ its work is waited for. The same call gives the same bits in every run with the 
 # torch's stubs know one of several accepted signatures, and not the same one in every version.
 from __future__ import annotations
 
-import os
-import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -39,41 +36,13 @@ from mpi4py import MPI
 from torch import Tensor
 
 from .mpi_buffers import as_bytes, cut, flatten, for_reduction, must_fit, overlap, parts, receive_into, send_from, store
+from .mpi_patience import Patience
 
 _MAX_UNWAITED = 64
 
 # A request in flight, what is left to do once it is complete, and its buffers: mpi4py does not keep a tensor's memory
 # alive until then (seen on Open MPI: a copy freed too early is sent as whatever was allocated in its place).
 Step = tuple[MPI.Request, Callable[[], object] | None, object]
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How a rank waits: `polls` tests that yield the core, then tests `sleep_s` apart, or a tenth of a message's wait.
-
-    A rank that only spins takes the core from computing ones (8 ranks on 2 cores, seven waiting: the eighth takes
-    4 times as long). One that sleeps early keeps others waiting, for MPI moves data only inside its own calls: 50 polls
-    make small all-reduces 2.5 times as long there, 300 cost nothing measurable. Between two ranks nobody else waits, so
-    the longer a wait for a message has lasted, the longer it sleeps: 8 pipeline stages on 2 cores take 2.0 s a step
-    instead of 2.6. (Collectives do not bear it: 8 tp ranks 4.2 s, not 2.8.)
-    """
-
-    polls: int = 300
-    sleep_s: float = 50e-6
-    longest_s: float = 2e-3
-
-    def wait(self, is_complete: Callable[[], bool], timeout_s: float, message: bool) -> None:
-        """Return once `is_complete()`; raise TimeoutError after `timeout_s`. `message`: of two ranks only."""
-        start = time.monotonic()
-        for _ in range(min(self.polls, 100) if message else self.polls):
-            if is_complete():
-                return
-            os.sched_yield()
-        while not is_complete():
-            waited = time.monotonic() - start
-            if waited > timeout_s:
-                raise TimeoutError(f"an MPI operation did not complete in {timeout_s:g} s: other ranks did not arrive")
-            time.sleep(min(max(waited / 10, self.sleep_s), self.longest_s) if message else self.sleep_s)
 
 
 def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: Patience | None = None) -> None:
