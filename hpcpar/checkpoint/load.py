@@ -72,6 +72,13 @@ def load_tensor(path: Path, name: str, kind: str = WEIGHT, verify: bool = True) 
     return array
 
 
+def load_box(path: Path, manifest: Manifest, kind: str, tensor: str, box: Box) -> Array:
+    """Return a part of a logical tensor of a set that the caller has verified. Raises: CheckpointError."""
+    array = np.zeros(box.size, manifest.kinds[kind])
+    _fill(path, manifest, [Wanted(tensor, box, {kind: array})], verify=False)
+    return array
+
+
 def check_tensors(manifest: Manifest, layout: Layout, path: Path) -> None:
     """Raise CheckpointError unless the set has exactly the model's tensors, with their shapes."""
     model = {p.name: p.shape for p in layout.table}
