@@ -62,7 +62,8 @@ def describe_set(path: Path) -> list[str]:
     largest = max(file.size for file in manifest.files)
     rows = [(file.name, format_bytes(file.size), "█" * max(1, round(16 * file.size / largest)),
              f"by {ranges(file.ranks, 'rank')}" if file.ranks else "the index",
-             f"{_count(len(file.boxes), 'box')} of {_parts(file.boxes)}" if file.boxes else "") for file in manifest.files]
+             f"{_count(len(file.boxes), 'box')} of {_parts(file.boxes)}" if file.boxes else "")
+            for file in manifest.files]
     return lines + _columns(rows, "<><<<")
 
 
