@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hpcpar.checkpoint.format import Manifest, read_manifest
-from hpcpar.checkpoint.load import load_box
+from hpcpar.checkpoint.format import read_manifest
+from hpcpar.checkpoint.load import Array, load_box
 from hpcpar.layout.boxes import Box, whole
 
-CHUNK_ELEMENTS = 1 << 22  # of each set in memory at once
+CHUNK_ELEMENTS = 1 << 20  # of every kind of both sets in memory at once
 
 
 class Difference(NamedTuple):
@@ -38,43 +39,43 @@ class Difference(NamedTuple):
 
 
 def compare_sets(first: Path, second: Path) -> Iterator[Difference]:
-    """Yield the tensors that differ, in the first set's order. Elements are compared by value; NaN equals NaN.
+    """Yield what differs, tensor by tensor in the first set's order. Elements compare by value; NaN equals NaN.
 
     The caller has verified both sets. Raises: CheckpointError. Cost: reads both once; memory: a few dozen MiB.
     """
     one, other = read_manifest(first), read_manifest(second)
-    for kind in dict.fromkeys([*one.kinds, *other.kinds]):
-        for name in dict.fromkeys([*one.tensors, *other.tensors]):
+    for name in dict.fromkeys([*one.tensors, *other.tensors]):
+        worst = {}
+        for kind in dict.fromkeys([*one.kinds, *other.kinds]):
             shapes = [m.tensors.get(name) if kind in m.kinds else None for m in (one, other)]
             if shapes[0] is None or shapes[0] != shapes[1]:
-                said = [f"is {list(shape)}" if shape else "is absent" for shape in shapes]
+                said = [f"is {list(shape)}" if shape is not None else "is absent" for shape in shapes]
                 yield Difference(kind, name, f"{said[0]} in the first, {said[1]} in the second")
-                continue
-            found = _compare(first, one, second, other, kind, name)
-            if found.num_differing:
-                yield found
+            else:
+                worst[kind] = Difference(kind, name, "", numel=math.prod(shapes[0]))
+        for box in chunks(whole(one.tensors[name])) if worst else ():
+            a, b = (load_box(path, m, name, box, worst) for path, m in ((first, one), (second, other)))
+            for kind, found in worst.items():
+                worst[kind] = _worse(found, a[kind], b[kind], box)
+        yield from (found for found in worst.values() if found.num_differing)
 
 
-def _compare(first: Path, one: Manifest, second: Path, other: Manifest, kind: str, name: str) -> Difference:
-    """Compare a tensor chunk by chunk, and keep its worst element."""
-    worst = Difference(kind, name, "", largest=-1.0, numel=whole(one.tensors[name]).numel)
-    for box in chunks(whole(one.tensors[name])):
-        a, b = (load_box(p, m, kind, name, box) for p, m in ((first, one), (second, other)))
-        unlike = (a != b) & ~(np.isnan(a) & np.isnan(b))
-        count = int(np.count_nonzero(unlike))
-        if not count:
-            continue
-        worst = worst._replace(num_differing=worst.num_differing + count)
-        apart = np.where(unlike, np.abs(a.astype(np.float64) - b), -1.0)
-        place = int(np.argmax(np.nan_to_num(apart, nan=np.inf)))  # NaN against a number is worst
-        if apart.flat[place] > worst.largest or np.isnan(apart.flat[place]):
-            x, y = float(a.flat[place]), float(b.flat[place])
-            inside = np.unravel_index(place, box.size)
-            worst = worst._replace(largest=abs(x - y), relative=abs(x - y) / max(abs(x), abs(y)), first=x, second=y,
-                                   at=tuple(int(i) + o for i, o in zip(inside, box.offset, strict=True)))
-            if np.isnan(worst.largest):
-                worst = worst._replace(largest=np.inf, relative=np.inf)
-    return worst
+def _worse(found: Difference, a: Array, b: Array, box: Box) -> Difference:
+    """Add a chunk to a tensor's difference, and keep its worst element; NaN against a number is worst of all."""
+    unlike = (a != b) & ~(np.isnan(a) & np.isnan(b))
+    count = int(np.count_nonzero(unlike))
+    if not count:
+        return found
+    apart = np.where(unlike, np.nan_to_num(np.abs(a.astype(np.float64) - b), nan=np.inf), -1.0)
+    place, before = int(np.argmax(apart)), found.num_differing
+    found = found._replace(num_differing=before + count)
+    if before and apart.flat[place] <= found.largest:
+        return found
+    x, y = float(a.flat[place]), float(b.flat[place])
+    largest, size = float(apart.flat[place]), max(abs(x), abs(y))
+    at = tuple(int(i) + o for i, o in zip(np.unravel_index(place, box.size), box.offset, strict=True))
+    return found._replace(largest=largest, relative=math.inf if math.isinf(largest) else largest / size, at=at,
+                          first=x, second=y)
 
 
 def chunks(box: Box, limit: int = CHUNK_ELEMENTS) -> Iterator[Box]:

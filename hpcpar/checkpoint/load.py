@@ -72,11 +72,11 @@ def load_tensor(path: Path, name: str, kind: str = WEIGHT, verify: bool = True) 
     return array
 
 
-def load_box(path: Path, manifest: Manifest, kind: str, tensor: str, box: Box) -> Array:
-    """Return a part of a logical tensor of a set that the caller has verified. Raises: CheckpointError."""
-    array = np.zeros(box.size, manifest.kinds[kind])
-    _fill(path, manifest, [Wanted(tensor, box, {kind: array})], verify=False)
-    return array
+def load_box(path: Path, manifest: Manifest, tensor: str, box: Box, kinds: Iterable[str]) -> dict[str, Array]:
+    """Return a part of a logical tensor, by kind, from a set that the caller has verified. Raises: CheckpointError."""
+    arrays = {kind: np.zeros(box.size, manifest.kinds[kind]) for kind in kinds}
+    _fill(path, manifest, [Wanted(tensor, box, arrays)], verify=False)
+    return arrays
 
 
 def check_tensors(manifest: Manifest, layout: Layout, path: Path) -> None:

@@ -105,7 +105,8 @@ def or_offer(path: Path, control: Control, load: Callable[[], T]) -> T:
         checkpoints = path.parent
         older = control.broadcast([p for p in published_sets(checkpoints) if p != path] if control.rank == 0 else None)
         good = newest_whole(older, lambda each: verify_together(each, control))
-        raise UserError(path.name, f"the newest set is damaged: {error}", offer(checkpoints, [good] if good else [])) from None
+        fix = offer(checkpoints, [good] if good else [])
+        raise UserError(path.name, f"the newest set is damaged: {error}", fix) from None
 
 
 def _rule(option: str) -> Rule:
