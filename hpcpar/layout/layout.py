@@ -64,7 +64,17 @@ class Layout:
         return partial or tied or parameter.shared_by(self.mesh.tp_size) > 1
 
     def buckets(self, pp_rank: int, tp_rank: int) -> tuple[Bucket, ...]:
-        """Pack a (stage, tp rank)'s parameters; equal on all dp ranks."""
+        """Pack a (stage, tp rank)'s parameters; equal on all dp ranks, and kept: a save asks for every rank's."""
+        known = self._known_buckets
+        if (pp_rank, tp_rank) not in known:
+            known[pp_rank, tp_rank] = self._pack(pp_rank, tp_rank)
+        return known[pp_rank, tp_rank]
+
+    @cached_property
+    def _known_buckets(self) -> dict[tuple[int, int], tuple[Bucket, ...]]:
+        return {}
+
+    def _pack(self, pp_rank: int, tp_rank: int) -> tuple[Bucket, ...]:
         parameters = self.parameters(pp_rank)
         late = frozenset(p.name for p in parameters if self.is_late(p))
         limit = int(self.job.layout.bucket_mib * 2**20 / 4)
