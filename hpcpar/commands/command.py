@@ -1,0 +1,39 @@
+"""What a command is, and what commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.surroundings import Surroundings
+
+Words = list[str]  # overrides such as --layout.tp 4
+Argument = tuple[str, dict[str, Any]]  # of argparse: its name and its settings
+
+
+class Command(NamedTuple):
+    """One command: `name` is "train", or "data build" for an action of a group."""
+
+    name: str
+    help: str
+    function: Callable[[argparse.Namespace, Words, Surroundings], int]  # returns the exit code; imports inside
+    arguments: Sequence[Argument]
+    overrides: bool = False  # whether it takes --table.key value
+
+
+def job_argument() -> Argument:
+    """Declare the job file."""
+    return ("job", {"help": "a job file (TOML)"})
+
+
+def run_argument() -> Argument:
+    """Declare the run folder of a command that takes a job."""
+    return ("--run", {"type": Path, "metavar": "DIR", "help": "run folder (default: runs/NAME OF THE JOB)"})
+
+
+def run_folder(args: argparse.Namespace) -> RunFolder:
+    """Return the run folder that the arguments name."""
+    return RunFolder(args.run or Path("runs") / Path(args.job).stem)

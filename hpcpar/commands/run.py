@@ -1,0 +1,145 @@
+"""Commands that start ranks, or look at what they left: train, parity, generate, show."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import traceback
+from pathlib import Path
+
+from hpcpar.commands.command import Command, Words, job_argument, run_argument, run_folder
+from hpcpar.config.load import load_job, override, to_toml
+from hpcpar.config.resolve import resolve
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.surroundings import Surroundings
+from hpcpar.errors import UserError
+
+GO_ON = 75  # stopped cleanly and wants to go on
+
+
+
+def commands() -> list[Command]:
+    """List this module's commands."""
+    return [
+        Command("train", "train a job, alone or under mpirun/srun; goes on from the last set", _train, [
+            job_argument(), run_argument(),
+            ("--allow-fresh", {"action": "store_true", "help": "start anew in a folder without a valid set"}),
+        ], overrides=True),
+        Command("show", "print a job's layout, or a run's state, without starting ranks", _show, [
+            ("job", {"help": "a job file or a run folder"}),
+            ("--schedule", {"action": "store_true", "help": "draw the pipeline's schedule"}),
+            ("--plot", {"action": "store_true", "help": "draw loss.png and timeline.png (run folder)"}),
+        ], overrides=True),
+        Command("generate", "print text from a run's newest checkpoint", _generate, [
+            ("run", {"type": Path, "help": "a run folder"}),
+            ("--prompt", {"default": "", "help": "text to continue"}),
+            ("--tokens", {"type": int, "default": 100, "help": "tokens to add at most (100)"}),
+            ("--temperature", {"type": float, "default": 0.8, "help": "0 takes the likeliest (0.8)"}),
+            ("--seed", {"type": int, "default": 1, "help": "of the sampling (1)"}),
+        ]),
+        Command("parity", "compare a job on its layout with one process, in fp64 (or --train.precision fp32)",
+                _parity, [
+            job_argument(), ("--steps", {"type": int, "default": 20, "help": "steps to compare (20)"}),
+        ], overrides=True),
+    ]
+
+
+def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    job = resolve(load_job(args.job, words), surroundings.num_tasks)
+    folder = run_folder(args)
+
+    from hpcpar.train.preflight import check_run_folder, open_order, put_aside
+
+    order = open_order(job)
+    check_run_folder(folder, args.allow_fresh)
+
+    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.comm.watch import Watch
+    from hpcpar.layout.layout import Layout
+    from hpcpar.train.loop import start_run, train
+
+    world = connect(surroundings)
+    if args.allow_fresh and world.rank == 0:
+        put_aside(folder)
+    world.control.barrier()
+    folder.create()
+    logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
+                        format="%(asctime)s %(levelname)s %(message)s")
+    with Watch.start(folder, world.control, world.host, Layout(job).mesh, world.abort) as watch:
+        watch.note(phase="start")
+        open_process_group(world)
+        run = start_run(job, world, folder, order, surroundings.live, lambda action: watch.note(action=action))
+        logging.info("bootstrap: %s", ", ".join(f"{k} {v:.3f} s" for k, v in world.seconds.items()))
+        done = train(run, watch.note)
+    return 0 if done else GO_ON
+
+
+def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    from hpcpar.layout.describe import describe
+    from hpcpar.layout.layout import Layout
+    from hpcpar.layout.schedule import draw
+
+    path = Path(args.job)
+    folder = RunFolder(path) if path.is_dir() else None
+    job = resolve(load_job(folder.config if folder else path, words))
+    layout = Layout(job)
+    if args.plot:
+        if folder is None:
+            raise UserError("--plot", f"{path} is not a run folder", "give the folder of a run")
+        from hpcpar.train.picture import draw_run
+
+        for picture in draw_run(folder, job):
+            print(picture)
+        return 0
+    print(to_toml(job))
+    print(describe(layout))
+    if args.schedule:
+        num = job.train.global_batch // (layout.mesh.dp_size * job.train.microbatch)
+        print(f"\n{draw(job.layout.schedule, layout.mesh.pp_size, num)}")
+    return 0
+
+
+def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    from hpcpar.checkpoint.verify import latest_set
+    from hpcpar.data.store import TokenStore
+    from hpcpar.train.generate import generate, load_network, saved_job
+
+    path = latest_set(RunFolder(args.run).checkpoints)
+    if path is None:
+        raise UserError(str(args.run), "has no published checkpoint", "train first: hpcpar train JOB --run DIR")
+    job = saved_job(path)
+    store = job.data.store if isinstance(job.data.store, str) else job.data.store[0][0]
+    tokenizer = TokenStore.open(store).tokenizer()
+    network = load_network(path, job)
+    print(generate(network, tokenizer, args.prompt, args.tokens, args.temperature, args.seed))
+    return 0
+
+
+def _parity(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    job = resolve(load_job(args.job, words), surroundings.num_tasks)
+    if job.train.precision not in ("fp64", "fp32"):
+        job = override(job, train={"precision": "fp64"})
+
+    from hpcpar.train.preflight import open_order
+
+    order = open_order(job)
+
+    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.train.parity import compare
+
+    world = connect(surroundings)
+    tolerance = {"fp64": 1e-10, "fp32": 1e-5}[job.train.precision]
+    try:
+        open_process_group(world)
+        found = compare(job, world, order.tokens, args.steps, tolerance)
+    except BaseException:
+        traceback.print_exc()
+        world.abort(3)  # the others wait in a collective, and MPI's own end would wait for them
+        raise
+    if world.rank == 0:
+        print(f"{args.steps} steps of {job.world_size} ranks against one process, {job.train.precision}: largest "
+              f"differences: loss {found.loss:.1e}, gradient norm {found.grad_norm:.1e}"
+              + (f", gradients {found.grads:.1e}, weights {found.weights:.1e}"
+                 if job.train.precision == "fp64" else ""))
+        print(f"FIRST DIFFERENCE: {found.first}" if found.first else f"equal within {tolerance:g}")
+    return 3 if found.first else 0
