@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from hpcpar.errors import HpcparError
 from hpcpar.layout.layout import Layout
-from hpcpar.layout.mesh import Coordinates, Mesh
-from hpcpar.layout.schedule import Kind
+from hpcpar.layout.mesh import Mesh
+from hpcpar.layout.schedule import Action, Kind
 from hpcpar.layout.traffic import Call, Traffic
 
 GROUPS = ("tp", "dp", "pp_forward", "pp_backward", "everyone")
@@ -61,34 +61,42 @@ class Matched:
 
 
 def moves_of_layout(layout: Layout, num_microbatches: int) -> Callable[[int], Sequence[Move]]:
-    """Return a function from a global rank to its moves in a step; dp ranks of a (stage, tp rank) share one list."""
+    """Return a function from a global rank to its moves in a step; dp ranks of a (stage, tp rank) share one list.
+
+    Early reductions are posted during the last backward and overlap with what follows; they stand after it here.
+    """
+    played: dict[int, list[Move]] = {}
     known: dict[tuple[int, int], list[Move]] = {}
 
     def moves(global_rank: int) -> list[Move]:
         at = layout.mesh.coordinates(global_rank)
+        if at.pp_rank not in played:
+            played[at.pp_rank] = _played(Traffic(layout, at), layout.program(at.pp_rank, num_microbatches))
         if (at.pp_rank, at.tp_rank) not in known:
-            known[at.pp_rank, at.tp_rank] = _moves(layout, at, num_microbatches)
+            traffic = Traffic(layout, at)
+            known[at.pp_rank, at.tp_rank] = [
+                *played[at.pp_rank], *_in_groups(traffic.early_reductions), Move(DRAIN),
+                *_in_groups(traffic.late_reductions), *_in_groups(traffic.update)]
         return known[at.pp_rank, at.tp_rank]
 
     return moves
 
 
-def _moves(layout: Layout, at: Coordinates, num_microbatches: int) -> list[Move]:
-    traffic, program = Traffic(layout, at), layout.program(at.pp_rank, num_microbatches)
+def _played(traffic: Traffic, program: Sequence[Action]) -> list[Move]:
+    """List what a stage's actions make a rank do; a computation waits for the message that it reads."""
     received = {action for action in program if action.kind in READS.values()}
-    last = max(i for i, action in enumerate(program) if action.kind is Kind.BACKWARD)
+    computed = {kind: _in_groups(calls) for kind, calls in
+                ((Kind.FORWARD, traffic.forward), (Kind.BACKWARD, traffic.backward))}
     moves: list[Move] = []
-    for index, action in enumerate(program):
+    for action in program:
         if action.kind in READS:
             reads = action._replace(kind=READS[action.kind])
             moves += [Move(AWAIT, message=reads)] if reads in received else []
-            moves += _in_groups(traffic.during(action))
-            moves += _in_groups(traffic.early_reductions) if index == last else []
+            moves += computed[action.kind]
         else:
             calls = traffic.during(action)
-            message = action._replace(kind=MEETS[action.kind]) if action.kind in MEETS else action
-            moves.append(Move(POST, calls[0].group, calls, message))
-    return [*moves, Move(DRAIN), *_in_groups(traffic.late_reductions), *_in_groups(traffic.update)]
+            moves.append(Move(POST, calls[0].group, calls, action._replace(kind=MEETS.get(action.kind, action.kind))))
+    return moves
 
 
 def _in_groups(calls: Sequence[Call]) -> list[Move]:
