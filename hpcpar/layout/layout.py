@@ -49,6 +49,16 @@ class Layout:
         return self.mesh.dp_size if self.job.layout.zero else 1
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of weights and activations."""
+        return {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}[self.job.train.precision]
+
+    @property
+    def main_bytes(self) -> int:
+        """Bytes of an element of gradients, master weights and moments."""
+        return 8 if self.job.train.precision == "fp64" else 4
+
+    @property
     def tied_across_stages(self) -> bool:
         """Whether the first and the last stage both hold the embedding."""
         return self.job.model.tied and self.mesh.pp_size > 1
