@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hpcpar.config.job import Model, required
 
 Exchange = Callable[[Tensor], Tensor]
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # as F.linear: x, weight, bias
 
 
 def identity(x: Tensor) -> Tensor:
@@ -50,6 +51,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(model.hidden, model.hidden, bias=biased)
         self.enter: Exchange = identity
         self.leave: Exchange = identity
+        self.multiply: Multiply = F.linear
         self.compute: Callable[[Tensor, Tensor | None], Tensor] = self.attend
 
     def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -60,9 +62,10 @@ class Attention(nn.Module):
     def attend(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
         batch, seq = x.shape[:2]
-        q, k, v = (p(x).view(batch, seq, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k, v = (self.multiply(x, p.weight, p.bias).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+                   for p in (self.q, self.k, self.v))
         if rotary is not None:
             q, k = rotate(q, rotary[:, :seq]), rotate(k, rotary[:, :seq])
         grouped = k.shape[1] != q.shape[1]
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return F.linear(heads.transpose(1, 2).reshape(batch, seq, -1), self.out.weight)
+        return self.multiply(heads.transpose(1, 2).reshape(batch, seq, -1), self.out.weight, None)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcpar.config.job import Model, required
-from hpcpar.nn.attention import Attention, Exchange, identity, rotary_table
+from hpcpar.nn.attention import Attention, Exchange, Multiply, identity, rotary_table
 from hpcpar.nn.dropout import Draw, dropout
 
 
@@ -36,6 +36,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(ffn, model.hidden, bias=biased)
         self.enter: Exchange = identity
         self.leave: Exchange = identity
+        self.multiply: Multiply = F.linear
         self.compute: Exchange = self.transform
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,8 +46,10 @@ class MLP(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
-        inner = F.gelu(self.up(x), approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return F.linear(inner, self.down.weight)
+        up = self.multiply(x, self.up.weight, self.up.bias)
+        inner = F.gelu(up, approximate="tanh") if self.gate is None else \
+            F.silu(self.multiply(x, self.gate.weight, None)) * up
+        return self.multiply(inner, self.down.weight, None)
 
 
 class Block(nn.Module):
@@ -111,6 +114,7 @@ class Transformer(nn.Module):
             self.head = Head(model)
         self.first, self.last = first, last
         self.enter_head: Exchange = identity
+        self.multiply: Multiply = F.linear
         self.vocab_rows = model.vocab  # rows of the local output matrix that are not padding
         self.token_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
         self.run_block: Callable[[Block, Tensor, Tensor | None, Draw | None], Tensor] = Block.__call__
@@ -131,7 +135,7 @@ class Transformer(nn.Module):
         if not self.last:
             return x
         weight = self.embedding.token.weight if self.model.tied else self.head.weight
-        logits = F.linear(self.enter_head(self.final_norm(x)), weight)[..., :self.vocab_rows]
+        logits = self.multiply(self.enter_head(self.final_norm(x)), weight, None)[..., :self.vocab_rows]
         return logits if targets is None else self.token_loss(logits, targets)
 
     def blocks(self) -> list[Block]:
