@@ -95,8 +95,7 @@ def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
     print(to_toml(job))
     print(describe(layout))
     if args.schedule:
-        num = job.train.global_batch // (layout.mesh.dp_size * job.train.microbatch)
-        print(f"\n{draw(job.layout.schedule, layout.mesh.pp_size, num)}")
+        print(f"\n{draw(layout.schedule(layout.num_microbatches))}")
     return 0
 
 

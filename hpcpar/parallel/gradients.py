@@ -1,20 +1,46 @@
-"""Gradients of matrices are computed straight into their flat bucket.
+"""Gradients of matrices are computed straight into their flat bucket, at once or when the schedule says so.
 
     autograd   dW = grad^T x, a new tensor; .grad += dW; next step .grad = 0: six passes over a weight's memory
     here       bucket (+)= grad^T x, one matrix product: one pass, for the first microbatch overwrites; then two
 
-A product still runs in backward, after the gradient of its input.
+A schedule may split a backward: I, the gradients of inputs (and of norms, biases and embeddings, which are small or
+have nobody to wait for), then later W, the matrices' products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+from hpcpar.nn.linear import Linear, Vocabulary
+
+
+class WeightGradients:
+    """What a chunk's backward has put off: sink, output gradient and input of each matrix product."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Sink, Tensor, Tensor]] = []
+
+    def put_off(self, sink: Sink, grad: Tensor, x: Tensor) -> None:
+        """Keep a product for later."""
+        self._waiting.append((sink, grad, x))
+
+    def take(self) -> list[tuple[Sink, Tensor, Tensor]]:
+        """Hand over what the last backward put off, for `add_weight_gradients`."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
+
+def add_weight_gradients(taken: list[tuple[Sink, Tensor, Tensor]]) -> None:
+    """Compute the products that a backward has put off."""
+    for sink, grad, x in taken:
+        sink.add_product(grad, x)
 
 
 class Sink:
@@ -27,15 +53,11 @@ class Sink:
         self.main, self.done = main, done
         self.empty = True  # what lies in `main` is last step's
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
-        out: Tensor = _Product.apply(x, weight, bias, self)
-        return out
-
-    def rows(self, numbers: Tensor, weight: Tensor) -> Tensor:
-        """Take the place of F.embedding: numbers [...], weight [rows, width] -> [..., width]."""
-        out: Tensor = _Rows.apply(numbers, weight, self)
-        return out
+    def attach(self, module: Linear | Vocabulary, later: WeightGradients | None) -> None:
+        """Let a module's products bring their weight gradients here, `later` if the schedule splits its backward."""
+        module.product = partial(_product, sink=self, later=later)
+        if isinstance(module, Vocabulary):
+            module.rows = partial(_rows, sink=self)
 
     def add_product(self, grad: Tensor, x: Tensor) -> None:
         """Add grad^T x: grad [tokens, out], x [tokens, in]."""
@@ -60,20 +82,36 @@ class Sink:
         self.done()
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink, later: WeightGradients | None) -> Tensor:
+    """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
+    out: Tensor = _Product.apply(x, weight, bias, sink, later)
+    return out
+
+
+def _rows(numbers: Tensor, weight: Tensor, sink: Sink) -> Tensor:
+    """Take the place of F.embedding: numbers [...], weight [rows, width] -> [..., width]."""
+    out: Tensor = _Rows.apply(numbers, weight, sink)
+    return out
+
+
 class _Product(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink,
+                later: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink = sink
+        ctx.sink, ctx.later = sink, later
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        flat = grads[0].flatten(0, -2)
+        flat, inputs = grads[0].flatten(0, -2), x.flatten(0, -2)
         dx = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        ctx.sink.add_product(flat, x.flatten(0, -2))
-        return dx, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
+        if ctx.later is None:
+            ctx.sink.add_product(flat, inputs)
+        else:
+            ctx.later.put_off(ctx.sink, flat, inputs)
+        return dx, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
 class _Rows(Function):
