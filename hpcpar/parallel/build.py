@@ -11,9 +11,9 @@ from hpcpar.comm.p2p import Neighbours
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
+from hpcpar.parallel.gradients import PutOff
 from hpcpar.parallel.pipeline import Pipeline
 from hpcpar.parallel.recompute import apply_recompute
-from hpcpar.parallel.split import apply_split_backward
 from hpcpar.parallel.tensor import apply_tensor_parallelism
 from hpcpar.parallel.zero import ShardedOptimizer
 
@@ -33,18 +33,14 @@ def build(layout: Layout, groups: Groups, device: torch.device,
     with torch.device("meta"):
         chunks = {chunk: Transformer(job.model, layout.chunks[chunk], first=chunk == 0, last=chunk == last)
                   for chunk in layout.chunks_of(at.pp_rank)}
-    optimizer = ShardedOptimizer(layout, groups, chunks, dtype, device)
-    put_off = {}
-    for chunk, network in chunks.items():
+    put_off: PutOff | None = [] if layout.splits_backward else None
+    optimizer = ShardedOptimizer(layout, groups, chunks, dtype, device, put_off)
+    for network in chunks.values():
         if groups.tp is not None:
             apply_tensor_parallelism(network, layout, groups.tp, at.tp_rank)
         if job.train.compile:
             _compile(network)
         apply_recompute(network, job.layout.recompute)
-        # a network that is first and last has nobody to send a gradient to; with one matrix for both its embeddings,
-        # that gradient would be complete in two parts
-        if layout.splits_backward and last > 0:
-            put_off[chunk] = apply_split_backward(network)
     seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq
     neighbours = Neighbours(groups, layout.chunk_ranks, dtype, device)
     return Pipeline(chunks, neighbours, (seq, job.model.hidden), note, put_off), optimizer

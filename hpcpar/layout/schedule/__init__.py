@@ -15,6 +15,7 @@ from hpcpar.layout.schedule.actions import (
     dependencies,
     ends_as,
     message,
+    receive_of,
 )
 from hpcpar.layout.schedule.checks import check_programs, check_schedule
 from hpcpar.layout.schedule.drawing import draw, draw_stale
@@ -26,6 +27,6 @@ from hpcpar.layout.schedule.stale import STALE, Staleness, staleness, stream, up
 __all__ = [
     "COMPUTE", "ORDERS", "RECEIVES", "SENDS", "STALE", "Action", "Kind", "Schedule", "Span", "Staleness",
     "check_programs", "check_schedule", "dependencies", "draw", "draw_stale", "ends_as", "forward_only", "in_flight",
-    "make_programs", "make_schedule", "message", "place_chunks", "play_on_paper", "staleness", "stream", "tick_table",
-    "updates_behind",
+    "make_programs", "make_schedule", "message", "place_chunks", "play_on_paper", "receive_of", "staleness", "stream",
+    "tick_table", "updates_behind",
 ]
