@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpcpar.comm.groups import Group, Groups
-from hpcpar.layout.schedule import Action, Kind
+from hpcpar.layout.schedule import Action, Kind, receive_of
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,8 @@ class Neighbours:
         """Post a chunk's activations to the chunk after it, or its input's gradient to the one before."""
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
         x = x.detach().contiguous()
-        forward = action.kind is Kind.SEND_FORWARD
-        peer = self._chunk_ranks[action.chunk + (1 if forward else -1)]
-        work = dist.isend(x, group=self._group(forward), group_dst=peer)
+        peer = self._chunk_ranks[receive_of(action).chunk]
+        work = dist.isend(x, group=self._group(action.kind is Kind.SEND_FORWARD), group_dst=peer)
         assert work is not None
         self._sent.append((work, x))
 

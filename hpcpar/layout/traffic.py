@@ -44,7 +44,7 @@ class Traffic:
     at: Coordinates
 
     def forward(self, chunk: int) -> tuple[Call, ...]:
-        """The calls of one microbatch's forward through a chunk."""
+        """Return the calls of one microbatch's forward through a chunk."""
         calls = self._leave[0] if chunk == 0 else []
         calls += (self._enter[0] + self._leave[0]) * (2 * len(self.layout.chunks[chunk]))
         if chunk == self._last_chunk and self._tp_size > 1:
@@ -52,7 +52,7 @@ class Traffic:
         return tuple(calls)
 
     def backward(self, chunk: int) -> tuple[Call, ...]:
-        """The calls of one microbatch's backward through a chunk, those of recomputed forwards included."""
+        """Return the calls of one microbatch's backward (B or I), those of recomputed forwards included."""
         part, back = self._enter[0] + self._leave[0], self._leave[1] + self._enter[1]
         layer = back * 2
         if self.layout.job.layout.recompute == "full":
@@ -64,22 +64,21 @@ class Traffic:
                      + (self._leave[1] if chunk == 0 else []))
 
     def during(self, action: Action) -> tuple[Call, ...]:
-        """Return the calls of one action of the stage's program; weight gradients need none."""
-        kind, _, chunk = action
-        if kind is Kind.FORWARD:
-            return self.forward(chunk)
-        if kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
-            return self.backward(chunk)
-        if kind is Kind.BACKWARD_WEIGHT:
+        """Return the calls of one action of the stage's program."""
+        if action.kind is Kind.FORWARD:
+            return self.forward(action.chunk)
+        if action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+            return self.backward(action.chunk)
+        if action.kind is Kind.BACKWARD_WEIGHT:
             return ()
-        op, group, other = {
-            Kind.RECEIVE_FORWARD: ("receive", "pp_forward", chunk - 1),
-            Kind.SEND_FORWARD: ("send", "pp_forward", chunk + 1),
-            Kind.RECEIVE_BACKWARD: ("receive", "pp_backward", chunk + 1),
-            Kind.SEND_BACKWARD: ("send", "pp_backward", chunk - 1),
-        }[kind]
+        op, group, step = {
+            Kind.RECEIVE_FORWARD: ("receive", "pp_forward", -1),
+            Kind.SEND_FORWARD: ("send", "pp_forward", 1),
+            Kind.RECEIVE_BACKWARD: ("receive", "pp_backward", 1),
+            Kind.SEND_BACKWARD: ("send", "pp_backward", -1),
+        }[action.kind]
         num_bytes = self._activation_bytes // (self._tp_size if self.layout.sequence_parallel else 1)
-        return (Call(op, group, num_bytes, self.layout.chunk_ranks[other]),)
+        return (Call(op, group, num_bytes, self.layout.chunk_ranks[action.chunk + step]),)
 
     @cached_property
     def early_reductions(self) -> tuple[Call, ...]:

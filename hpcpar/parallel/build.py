@@ -11,7 +11,7 @@ from hpcpar.comm.p2p import Neighbours
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
-from hpcpar.parallel.gradients import WeightGradients
+from hpcpar.parallel.gradients import PutOff
 from hpcpar.parallel.pipeline import Pipeline
 from hpcpar.parallel.recompute import apply_recompute
 from hpcpar.parallel.tensor import apply_tensor_parallelism
@@ -33,8 +33,7 @@ def build(layout: Layout, groups: Groups, device: torch.device,
     with torch.device("meta"):
         chunks = {chunk: Transformer(job.model, layout.chunks[chunk], first=chunk == 0, last=chunk == last)
                   for chunk in layout.chunks_of(at.pp_rank)}
-    # a network that is first and last has nobody to send a gradient to
-    put_off = {chunk: WeightGradients() for chunk in chunks} if layout.splits_backward and last > 0 else {}
+    put_off: PutOff | None = [] if layout.splits_backward else None
     optimizer = ShardedOptimizer(layout, groups, chunks, dtype, device, put_off)
     for network in chunks.values():
         if groups.tp is not None:

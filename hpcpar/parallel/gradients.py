@@ -3,8 +3,9 @@
     autograd   dW = grad^T x, a new tensor; .grad += dW; next step .grad = 0: six passes over a weight's memory
     here       bucket (+)= grad^T x, one matrix product: one pass, for the first microbatch overwrites; then two
 
-A schedule may split a backward: I, the gradients of inputs (and of norms, biases and embeddings, which are small or
-have nobody to wait for), then later W, the matrices' products.
+A product still runs in backward, after the gradient of its input; or, where a schedule splits backwards into I and W,
+it is put off: backward (I) leaves it in a list, and W works the list off. What is not a matrix product (norms, biases,
+rows of the embedding) stays with I: it is small.
 """
 
 from __future__ import annotations
@@ -18,39 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from hpcpar.nn.linear import Linear, Vocabulary
-
-
-class WeightGradients:
-    """What a chunk's backward has put off: sink, output gradient and input of each matrix product."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Sink, Tensor, Tensor]] = []
-
-    def put_off(self, sink: Sink, grad: Tensor, x: Tensor) -> None:
-        """Keep a product for later."""
-        self._waiting.append((sink, grad, x))
-
-    def take(self) -> list[tuple[Sink, Tensor, Tensor]]:
-        """Hand over what the last backward put off, for `add_weight_gradients`."""
-        taken, self._waiting = self._waiting, []
-        return taken
-
-
-def add_weight_gradients(taken: list[tuple[Sink, Tensor, Tensor]]) -> None:
-    """Compute the products that a backward has put off."""
-    for sink, grad, x in taken:
-        sink.add_product(grad, x)
+PutOff = list[Callable[[], None]]  # matrix products still to be done
 
 
 class Sink:
     """Where one matrix's gradient goes: `main`, its view of the bucket, in the main dtype.
 
-    `done` is called after every contribution: a microbatch brings one for every use of the matrix.
+    `done` is called after every contribution: a microbatch brings one for every use of the matrix. With `put_off`
+    backward does not do the products but adds them to that list.
     """
 
-    def __init__(self, main: Tensor, done: Callable[[], None]):
-        self.main, self.done = main, done
+    def __init__(self, main: Tensor, done: Callable[[], None], put_off: PutOff | None = None):
+        self.main, self.done, self.put_off = main, done, put_off
         self.empty = True  # what lies in `main` is last step's
 
     def attach(self, module: Linear | Vocabulary, later: WeightGradients | None) -> None:
@@ -107,11 +87,11 @@ class _Product(Function):
         x, weight = ctx.saved_tensors
         flat, inputs = grads[0].flatten(0, -2), x.flatten(0, -2)
         dx = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        if ctx.later is None:
-            ctx.sink.add_product(flat, inputs)
+        if ctx.sink.put_off is None:
+            ctx.sink.add_product(flat, x.flatten(0, -2))
         else:
-            ctx.later.put_off(ctx.sink, flat, inputs)
-        return dx, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None, None
+            ctx.sink.put_off.append(partial(ctx.sink.add_product, flat, x.flatten(0, -2)))
+        return dx, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 class _Rows(Function):

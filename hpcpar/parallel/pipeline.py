@@ -14,7 +14,7 @@ from hpcpar.comm.p2p import Incoming, Neighbours
 from hpcpar.layout.schedule import RECEIVES, Action, Kind
 from hpcpar.nn.dropout import Draw
 from hpcpar.nn.transformer import Transformer
-from hpcpar.parallel.gradients import Sink, WeightGradients, add_weight_gradients
+from hpcpar.parallel.gradients import PutOff
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,10 @@ class Pipeline:
     """Plays actions on a stage's chunks. With one stage and chunk it is plain gradient accumulation."""
 
     def __init__(self, chunks: Mapping[int, Transformer], neighbours: Neighbours, token_shape: tuple[int, int],
-                 note: Callable[[str], None] = lambda action: None,
-                 put_off: Mapping[int, WeightGradients] | None = None):
+                 note: Callable[[str], None] = lambda action: None, put_off: PutOff | None = None):
         self.chunks, self.neighbours, self.note = chunks, neighbours, note
         self.token_shape = token_shape  # (seq(/tp), hidden): what a message holds a sequence
-        self.put_off = put_off or {}  # of the chunks whose backward is split
+        self.put_off = [] if put_off is None else put_off  # where backward leaves what W does
 
     def play(self, program: Sequence[Action], microbatch: Callable[[int], Microbatch], batch: int,
              loss_factor: float) -> Played:
@@ -74,7 +73,7 @@ class _Step:
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.output_grads: dict[tuple[int, int], Tensor] = {}  # from a chunk on this rank
         self.input_grads: dict[tuple[int, int], Tensor] = {}  # for another rank
-        self.put_off: dict[tuple[int, int], list[tuple[Sink, Tensor, Tensor]]] = {}
+        self.put_off: dict[tuple[int, int], PutOff] = {}
 
     def transfer(self, action: Action) -> None:
         """Post a receive or a send."""
@@ -122,15 +121,21 @@ class _Step:
                 grads = self.output_grads if chunk - 1 in self.pipeline.chunks else self.input_grads
                 before = chunk - 1 if chunk - 1 in self.pipeline.chunks else chunk
                 grads[before, m] = _grad(self.inputs.pop((chunk, m)))
-            if chunk in self.pipeline.put_off:
-                self.put_off[chunk, m] = self.pipeline.put_off[chunk].take()
-                if kind is Kind.BACKWARD:
-                    add_weight_gradients(self.put_off.pop((chunk, m)))
+            self.put_off[chunk, m] = self.pipeline.put_off[:]
+            self.pipeline.put_off.clear()
+            if kind is Kind.BACKWARD:
+                self.add_weight_gradients(chunk, m)
 
     def backward_weight(self, action: Action) -> None:
         """Compute the weight gradients that a backward has put off."""
         with self.timed(action):
-            add_weight_gradients(self.put_off.pop((action.chunk, action.microbatch), []))
+            self.add_weight_gradients(action.chunk, action.microbatch)
+
+    @torch.no_grad()
+    def add_weight_gradients(self, chunk: int, m: int) -> None:
+        """Do the matrix products that a backward has put off."""
+        for product in self.put_off.pop((chunk, m)):
+            product()
 
     def received(self, receive: Action) -> Tensor | None:
         """Wait for a message if one is to come; return it."""

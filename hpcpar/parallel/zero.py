@@ -23,36 +23,42 @@ from hpcpar.nn.linear import Linear, Vocabulary
 from hpcpar.nn.transformer import Transformer
 from hpcpar.optim.adamw import AdamW, Run
 from hpcpar.parallel.buckets import KINDS, FlatBucket
-from hpcpar.parallel.gradients import Sink, WeightGradients
+from hpcpar.parallel.gradients import PutOff, Sink
 
 
 class ShardedOptimizer:
     """Owns a stage's weights, gradients and optimizer state as flat buckets."""
 
     def __init__(self, layout: Layout, groups: Groups, chunks: Mapping[int, Transformer], dtype: torch.dtype,
-                 device: torch.device, put_off: Mapping[int, WeightGradients]):
+                 device: torch.device, put_off: PutOff | None = None):
         at = groups.at
         self.layout, self.groups = layout, groups
         index = at.dp_rank if layout.num_shards > 1 else 0
         self.buckets = [FlatBucket(b, layout.num_shards, index, dtype, device)
                         for b in layout.buckets(at.pp_rank, at.tp_rank)]
         self.pieces = layout.held_pieces(layout.mesh.rank(at))
-        self._uses = [0] * len(self.buckets)  # gradients that a microbatch adds to a bucket
-        self._pending = [0] * len(self.buckets)
+        self._put_off = put_off
         self._works: list[dist.Work] = []
+        self._pending: list[int] = []  # by bucket: contributions that the step has still to bring
+        self._uses: list[int] = []  # by bucket: contributions that a microbatch brings
         self._sinks: list[Sink] = []
         self._summed: list[Tensor] = []  # gradients that autograd adds up: they start from zero
         for number, flat in enumerate(self.buckets):
-            for slot in flat.bucket.slots:
-                self._bind(chunks, put_off, number, slot)
+            self._uses.append(sum(self._bind(chunks, number, slot) for slot in flat.bucket.slots))
         self._adamw = AdamW([run for flat in self.buckets for run in _runs(flat)], layout.job.optim)
 
-    def _bind(self, chunks: Mapping[int, Transformer], put_off: Mapping[int, WeightGradients], number: int,
-              slot: Slot) -> None:
-        """Make a module's parameter a view of its bucket, and let its gradient be gathered there."""
+    def _bind(self, chunks: Mapping[int, Transformer], number: int, slot: Slot) -> int:
+        """Make a parameter a view of its bucket in every chunk that has it, and let its gradient be gathered there.
+
+        Returns how many contributions a microbatch brings.
+        """
         flat = self.buckets[number]
         path, _, leaf = slot.parameter.name.rpartition(".")
+        holders = [network for network in chunks.values() if slot.parameter.name in dict(network.named_parameters())]
+        modules = [network.get_submodule(path) for network in holders]
         parameter, main = nn.Parameter(flat.part(flat.weights, slot)), flat.part(flat.grads, slot)
+        for module in modules:
+            setattr(module, leaf, parameter)
 
         def added(p: Tensor | None = None) -> None:
             if p is not None and p.grad is not main:  # of another dtype
@@ -63,26 +69,22 @@ class ShardedOptimizer:
             if self._pending[number] == 0 and not flat.bucket.late:
                 self._reduce(flat)
 
-        sink = None if self.layout.job.train.compile else Sink(main, added)
-        sunk = False
-        for chunk, network in chunks.items():
-            if slot.parameter.name not in dict(network.named_parameters()):
-                continue
-            module = network.get_submodule(path)
-            setattr(module, leaf, parameter)
-            self._uses[number] += 1
-            if sink is not None and leaf == "weight" and isinstance(module, Linear | Vocabulary):
-                sink.attach(module, put_off.get(chunk))
-                sunk = True
-                if slot.parameter.is_vocabulary and network.model.tied and network.first and network.last:
-                    self._uses[number] += 1  # looked up, and scoring
-        if sink is not None and sunk:
+        # the compiler cannot see through a product that writes where it was not told to
+        matrices = [module for module in modules if isinstance(module, Linear | Vocabulary)]
+        if leaf == "weight" and matrices and not self.layout.job.train.compile:
+            sink = Sink(main, added, self._put_off)
+            for matrix in matrices:
+                matrix.product = sink.product
+                if isinstance(matrix, Vocabulary):
+                    matrix.rows = sink.rows
             self._sinks.append(sink)
-            return
+            both = [n for n in holders if slot.parameter.is_vocabulary and n.first and n.last and n.model.tied]
+            return len(holders) + len(both)
         if main.dtype == parameter.dtype:
             parameter.grad = main  # autograd adds into it in place
         parameter.register_post_accumulate_grad_hook(added)
         self._summed.append(main)
+        return len(holders)
 
     def begin(self, num_microbatches: int) -> None:
         """Forget the last step's gradients; a bucket is reduced when this step's last one for it is there."""

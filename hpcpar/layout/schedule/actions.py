@@ -64,17 +64,25 @@ def ends_as(action: Action) -> tuple[Action, ...]:
     return action, action._replace(kind=Kind.BACKWARD_INPUT), action._replace(kind=Kind.BACKWARD_WEIGHT)
 
 
+def receive_of(send: Action) -> Action:
+    """Return the receive that a send meets."""
+    if send.kind is Kind.SEND_FORWARD:
+        return Action(Kind.RECEIVE_FORWARD, send.microbatch, send.chunk + 1)
+    return Action(Kind.RECEIVE_BACKWARD, send.microbatch, send.chunk - 1)
+
+
 def message(action: Action, num_chunks: int) -> tuple[Action, Action] | None:
     """Return the send and the receive that follow a computation, if the next chunk is on another rank; else None.
 
     F sends activations to the chunk after, B and I gradients to the chunk before.
     """
-    kind, m, chunk = action
-    if kind is Kind.FORWARD and chunk < num_chunks - 1:
-        return Action(Kind.SEND_FORWARD, m, chunk), Action(Kind.RECEIVE_FORWARD, m, chunk + 1)
-    if kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and chunk > 0:
-        return Action(Kind.SEND_BACKWARD, m, chunk), Action(Kind.RECEIVE_BACKWARD, m, chunk - 1)
-    return None
+    if action.kind is Kind.FORWARD and action.chunk < num_chunks - 1:
+        send = action._replace(kind=Kind.SEND_FORWARD)
+    elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and action.chunk > 0:
+        send = action._replace(kind=Kind.SEND_BACKWARD)
+    else:
+        return None
+    return send, receive_of(send)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from hpcpar.errors import HpcparError
-from hpcpar.layout.schedule.actions import COMPUTE, RECEIVES, SENDS, Action, Kind, Schedule
+from hpcpar.layout.schedule.actions import COMPUTE, RECEIVES, SENDS, Action, Kind, Schedule, receive_of
 from hpcpar.layout.schedule.paper import play_on_paper
 
 GROUPS = {Kind.SEND_FORWARD: "forward", Kind.RECEIVE_FORWARD: "forward",
@@ -88,9 +88,7 @@ def _transfer(ranks: list[_Rank], receivers: dict[Action, int], index: int, send
     """Carry a rank's send over if its receiver stands at the matching receive; return whether it did."""
     if send is None or send.kind not in SENDS:
         return False
-    forward = send.kind is Kind.SEND_FORWARD
-    wanted = Action(Kind.RECEIVE_FORWARD if forward else Kind.RECEIVE_BACKWARD, send.microbatch,
-                    send.chunk + (1 if forward else -1))
+    wanted = receive_of(send)
     if wanted not in receivers:
         raise HpcparError(f"rank {index} sends {send}, which nobody receives")
     receiver = ranks[receivers[wanted]]
