@@ -41,8 +41,12 @@ class LayoutWish:
     dp: int | None = option(None, "data-parallel replicas; default: what is left of the world size", 1)
     cp: int = option(1, "context-parallel ranks", 1)
     ep: int = option(1, "expert-parallel ranks", 1)
-    chunks: int = option(1, "model chunks a rank (interleaving)", 1)
-    schedule: Literal["gpipe", "1f1b"] = option("1f1b", "order of a stage's forwards and backwards")
+    chunks: int = option(1, "model chunks a rank (interleaved, breadth-first, zbv, ...)", 1)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv", "dualpipev", "table",
+                      "pipedream", "2bw"] = option("1f1b", "order of a stage's forwards and backwards; table: your "
+                                                           "own; pipedream and 2bw on paper only (show --schedule)")
+    table: str | tuple[str, ...] = option((), "schedule = table: a file with a line a pipeline rank such as "
+                                              "0F0,0F1,0B0,0B1 (chunk, F B I or W, microbatch), or these lines")
     zero: Literal[0, 1] = option(1, "1: optimizer state is sharded over dp; 0: it is replicated")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "

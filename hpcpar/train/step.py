@@ -62,20 +62,19 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     at = trainee.groups.at
     program = layout.program(at.pp_rank, num_microbatches)
 
-    trainee.optimizer.begin()
+    trainee.optimizer.begin(num_microbatches)
     played = trainee.pipeline.play(
         program,
         lambda m: read_microbatch(trainee, tokens, samples, m, progress.step),
         job.train.microbatch,
         factor * progress.loss_scale,
-        trainee.optimizer.arm,
     )
     trainee.pipeline.note("reduce")
     trainee.optimizer.finish_reduction()
 
     mine = torch.zeros(4, dtype=torch.float64, device=trainee.device)
     mine[0] = trainee.optimizer.norm_squared()
-    if at.pp_rank == layout.mesh.pp_size - 1 and at.tp_rank == 0:
+    if played.losses and at.tp_rank == 0:
         mine[1] = torch.stack(played.losses).sum() * factor
     mine[2], mine[3] = float(stop), float(writing)
     if trainee.groups.everyone is not None:
