@@ -65,7 +65,7 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     folder.create()
     logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
                         format="%(asctime)s %(levelname)s %(message)s")
-    with Watch.start(folder, world.control, world.host, Layout(job).mesh, world.abort) as watch:
+    with Watch.start(folder, world.control, world.host, Layout(job).mesh, world.abort, job.health) as watch:
         watch.note(phase="start")
         open_process_group(world)
         run = start_run(job, world, folder, order, surroundings.live, lambda action: watch.note(action=action))

@@ -100,6 +100,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Health:
+    """When a rank that gives no sign of life is taken for stuck, by what it is doing."""
+
+    step_limit_s: float = option(300.0, "seconds without progress inside a step", 1)
+    start_limit_s: float = option(1800.0, "the same while starting and in the first step, which may compile", 1)
+    save_limit_s: float = option(1800.0, "the same while saving, validating and finishing", 1)
+
+
+@dataclass(frozen=True)
 class Machine:
     """The machine that the job is meant for."""
 
@@ -131,6 +140,7 @@ class Job:
     optim: Optim = field(default_factory=Optim)
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    health: Health = field(default_factory=Health)
     machine: Machine = field(default_factory=Machine)
     submit: Submit = field(default_factory=Submit)
 

@@ -28,6 +28,16 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def watch(self) -> Path:
+        """What the hosts' witnesses tell one another."""
+        return self.logs / "watch"
+
+    @property
+    def hosts(self) -> Path:
+        """Which rank runs on which host."""
+        return self.watch / "hosts.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Published sets, `step-00000100/` each."""
         return self.path / "checkpoints"

@@ -131,7 +131,7 @@ def train(run: Run, note: Callable[..., None]) -> bool:
     stopped, result = False, None
     while progress.step < job.train.steps and not stopped:
         start = time.perf_counter()
-        note(step=progress.step + 1, phase="step")
+        note(step=progress.step + 1, phase="first step" if result is None else "step")
         wish = bool(flag.name) or (run.world.rank == 0 and run.folder.stop.exists())
         result = train_step(run.trainee, progress, run.order.tokens, wish)
         stopped = result.stop
