@@ -191,8 +191,8 @@ def _difference(group: _Sequences, odd: int, reference: int, sequence: int) -> s
         if a.step > b.step:
             return f"skipped a collective of step {b.step}"
         return f"one collective too many in step {a.step}"
-    after, mine_after = _usual_next(theirs, sequence), mine.get(sequence + 1)
-    if after is not None and _same_line(a, after):
+    (after, steps_on), mine_after = _usual_next(theirs, sequence), mine.get(sequence + 1)
+    if after is not None and _same_line(a, after) and a.step - b.step == steps_on:
         if mine_after is None and a.step == b.step:
             return f"skipped or misordered collective ({b.operation} at {b.site})"
         swapped = mine_after is not None and _same_line(mine_after, b)
@@ -202,14 +202,12 @@ def _difference(group: _Sequences, odd: int, reference: int, sequence: int) -> s
     return "collectives out of order"
 
 
-def _usual_next(calls: dict[int, Call], sequence: int) -> Call | None:
-    """Return what follows a call: the next one, or, if it is stuck there, what followed it an earlier time."""
-    if sequence + 1 in calls:
-        return calls[sequence + 1]
-    for number in sorted(calls, reverse=True):
-        if number < sequence and _same_line(calls[number], calls[sequence]) and number + 1 in calls:
-            return calls[number + 1]
-    return None
+def _usual_next(calls: dict[int, Call], sequence: int) -> tuple[Call | None, int]:
+    """Return what follows a call, and how many steps on: the next one, or, if none is known, as an earlier time."""
+    for number in (sequence, *sorted((n for n in calls if n < sequence), reverse=True)):
+        if number + 1 in calls and _same_line(calls[number], calls[sequence]):
+            return calls[number + 1], calls[number + 1].step - calls[number].step
+    return None, 0
 
 
 def _same_line(a: Call, b: Call) -> bool:

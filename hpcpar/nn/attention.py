@@ -44,7 +44,7 @@ class Attention(nn.Module):
         super().__init__()
         kv_width = model.hidden // model.heads * required(model.kv_heads)
         biased = model.kind == "gpt"
-        self.head_dim = model.hidden // model.heads
+        self.head_dim, self.qk_norm = model.hidden // model.heads, model.qk_norm
         self.q = Linear(model.hidden, model.hidden, bias=biased)
         self.k = Linear(model.hidden, kv_width, bias=biased)
         self.v = Linear(model.hidden, kv_width, bias=biased)
@@ -62,6 +62,8 @@ class Attention(nn.Module):
         """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
         batch, seq = x.shape[:2]
         q, k, v = (p(x).view(batch, seq, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if self.qk_norm:  # without weights, so that nothing is added to a checkpoint; rotation keeps the length
+            q, k = (F.rms_norm(x, (self.head_dim,), eps=1e-5) for x in (q, k))
         if rotary is not None:
             q, k = rotate(q, rotary[:, :seq]), rotate(k, rotary[:, :seq])
         grouped = k.shape[1] != q.shape[1]
