@@ -31,7 +31,7 @@ from hpcpar.errors import RunError, UserError
 from hpcpar.layout.layout import Layout
 from hpcpar.parallel.build import build, initialise
 from hpcpar.parallel.pipeline import Microbatch
-from hpcpar.parallel.replicas import check_replicas
+from hpcpar.parallel.replicas import find_drift
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.metrics import Metrics
 from hpcpar.train.rewind import leave_out
@@ -186,7 +186,7 @@ def train(run: Run, note: Callable[..., None]) -> bool:
             progress = run.progress
         if job.stability.check_replicas_every and progress.step % job.stability.check_replicas_every == 0:
             note(action="check replicas")
-            check_replicas(run.trainee.optimizer)
+            _check_replicas(run)
         if job.data.validate_every and progress.step % job.data.validate_every == 0:
             note(phase="validate")
             validate(run)
@@ -204,6 +204,14 @@ def train(run: Run, note: Callable[..., None]) -> bool:
         _write_timeline(run, result)
     _finish(run, done)
     return done
+
+
+def _check_replicas(run: Run) -> None:
+    """End the run, on all ranks alike, where copies of a weight are no longer equal: nothing of it is to be saved."""
+    drift = sorted({text for text in run.world.control.all_gather(find_drift(run.trainee.optimizer)) if text})
+    if drift:
+        raise RunError(f"replicas have drifted apart: {'; '.join(drift)}; go back to an older set with "
+                       "hpcpar train --rewind-to STEP, and have that rank's host tested")
 
 
 def _after_bad_step(run: Run, result: StepResult) -> None:

@@ -16,7 +16,7 @@ from tests.train.small import make_job
 from tests.train.test_runs_on_ranks import figures, folder, run_once, store  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.mpi
-STEPS, BAD_BATCH, OVERFLOW = 48, 24, 30
+STEPS, BAD_BATCH, OVERFLOW = 28, 15, 19
 
 
 def spoil(monkeypatch, world, scale_at=0, overflow_at=0, rank=5):
@@ -36,15 +36,16 @@ def spoil(monkeypatch, world, scale_at=0, overflow_at=0, rank=5):
 
 
 def long_job(store, **stability):  # noqa: F811
-    return make_job(store, layout={"tp": 2, "pp": 2}, model={"dropout": 0.0}, checkpoint={"every": 10},
-                    train={"steps": STEPS, "precision": "fp32"}, data={"validate_every": 0},
+    return make_job(store, layout={"tp": 2, "pp": 2}, checkpoint={"every": 10},
+                    model={"dropout": 0.0, "layers": 2, "hidden": 16},
+                    train={"steps": STEPS, "precision": "fp32", "microbatch": 4}, data={"validate_every": 0},
                     optim={"lr": 0.003, "decay_steps": STEPS, "clip": 0.0, "betas": [0.9, 0.999]},
-                    stability={"window": 16, "check_replicas_every": 5, **stability})
+                    stability={"window": 10, "check_replicas_every": 5, **stability})
 
 
 def last_losses(folder):  # noqa: F811
     losses = figures(folder, "loss")
-    return float(np.mean([losses[number] for number in range(STEPS - 4, STEPS + 1)]))
+    return float(np.mean([losses[number] for number in range(STEPS - 3, STEPS + 1)]))
 
 
 @pytest.mark.parametrize("on_spike", ["skip", "rollback"])
@@ -69,7 +70,7 @@ def test_a_bad_batch_and_an_overflow_are_left_out_alike_and_the_unguarded_contro
     run = runs["guarded"][0]
     if on_spike == "skip":
         assert run.progress.updates == STEPS - 2
-    else:  # back to step 20 for both: the rollback costs steps, the samples of both bad batches are left out
+    else:  # back to step 10 for both: the rollback costs steps, the samples of both bad batches are left out
         assert run.progress.rollbacks == 2 and sum(b - a for a, b in run.progress.left_out) == 16
     if world.rank == 0:
         clean, guarded = (last_losses(runs[name][1]) for name in ("clean", "guarded"))
@@ -123,8 +124,9 @@ def test_a_drifting_replica_is_named_within_k_steps(world, store, folder, monkey
                 flat.shard["weight"][slot.start - flat.start] = flat.weights[slot.start]
 
     monkeypatch.setattr(ShardedOptimizer, "update", update)
-    layers = {"layers": 8} if layout.get("pp") == 8 else {}
-    job = make_job(store, layout=layout, model=layers, train={"steps": 20}, stability={"check_replicas_every": 5})
+    model = {"layers": 8 if layout.get("pp") == 8 else 4, "hidden": 16}
+    job = make_job(store, layout=layout, model=model, train={"steps": 8}, data={"validate_every": 0},
+                   stability={"check_replicas_every": 5})
     said = ""
     try:
         run_once(world, job, folder)
@@ -145,7 +147,8 @@ def test_a_slow_rank_is_named_with_its_host(world, store, folder, monkeypatch): 
         original(self)
 
     monkeypatch.setattr(ShardedOptimizer, "begin", begin)
-    job = make_job(store, model={"layers": 1, "hidden": 8, "heads": 2, "dropout": 0.0}, train={"steps": 50})
+    job = make_job(store, model={"layers": 1, "hidden": 8, "heads": 2, "dropout": 0.0}, train={"steps": 50},
+                   data={"validate_every": 0})
     run_once(world, job, folder)
     if world.rank == 0:
         slow = [line for line in read_metrics(folder.metrics) if "slow_rank" in line]
