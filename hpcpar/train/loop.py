@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from hpcpar.checkpoint.load import load_shards
-from hpcpar.checkpoint.save import save_set
 from hpcpar.checkpoint.verify import latest_set, read_state, verify_together
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.groups import open_groups
@@ -27,18 +25,19 @@ from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.data.sampler import SampleOrder
-from hpcpar.errors import RunError, UserError
+from hpcpar.errors import RunError
 from hpcpar.layout.layout import Layout
 from hpcpar.parallel.build import build, initialise
 from hpcpar.parallel.pipeline import Microbatch
 from hpcpar.parallel.replicas import find_drift
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.metrics import Metrics
+from hpcpar.train.resume import check_same, or_offer, saved_progress
 from hpcpar.train.rewind import leave_out
+from hpcpar.train.saving import Saves
 from hpcpar.train.state import Progress
 from hpcpar.train.step import StepResult, Trainee, train_step
 from hpcpar.train.straggler import REPORT_EVERY, Stragglers
-from hpcpar.units import format_seconds
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -66,7 +65,7 @@ class Run:
     trainee: Trainee
     progress: Progress
     metrics: Metrics | None  # on rank 0
-    saved_step: int = -1
+    saves: Saves
     waited_s: Callable[[], float] = lambda: 0.0  # seconds that this rank has waited for others so far
 
     def say(self, text: str) -> None:
@@ -86,15 +85,15 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     found = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
     state = read_state(found) if found else None
     if state is not None:
-        _check_same(state, job, order, found)
+        check_same(state, job, order, found)
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device, note)
     progress = Progress(loss_scale=job.optim.loss_scale if job.train.precision == "fp16" else 1.0)
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
-        verify_together(found, world.control)
-        progress = Progress(**state["progress"])
+        or_offer(found, world.control, lambda: verify_together(found, world.control))
+        progress = saved_progress(state, job, progress)
         fill(optimizer, found, world.rank)
     leave_out(folder, progress)
     metrics = None
@@ -104,7 +103,8 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         metrics = Metrics(folder, job, progress, world.device, live)
         metrics.journal("start", step=progress.step, ranks=world.size, host=world.host, pid=os.getpid())
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
-    run = Run(job, world, folder, order, trainee, progress, metrics, progress.step if found else -1)
+    saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, progress.step if found else -1, metrics)
+    run = Run(job, world, folder, order, trainee, progress, metrics, saves)
     run.say(f"{'resumed ' + found.name if found else 'new run'} in {folder.path}: tp {layout.mesh.tp_size} x pp "
             f"{layout.mesh.pp_size} x dp {layout.mesh.dp_size} on {world.device.type}")
     return run
@@ -119,22 +119,6 @@ def fill(optimizer: ShardedOptimizer, found: Path, global_rank: int) -> None:
         for shard, values in zip(shards, stored[kind], strict=True):
             shard.copy_(torch.from_numpy(values))
     optimizer.publish_weights()
-
-
-def _check_same(state: dict[str, object], job: Job, order: SampleOrder, path: Path) -> None:
-    """Refuse to go on with another model or other data: the curve would break without a word."""
-    saved = state["job"]
-    assert isinstance(saved, dict)
-    for name, value in dataclasses.asdict(job.model).items():
-        if saved["model"].get(name) != value and name not in ("dropout", "init_std", "z_loss", "embedding_grad"):
-            raise UserError(f"model.{name}", f"is {value}, but {path} was saved with {saved['model'].get(name)}",
-                            "use the same model, or another --run folder")
-    if saved["train"]["seed"] != job.train.seed:
-        raise UserError("train.seed", f"is {job.train.seed}, but {path} was saved with {saved['train']['seed']}",
-                        f"write seed = {saved['train']['seed']}, or use another --run folder")
-    if state["data"] != order.fingerprint:
-        raise UserError("data.store", f"is not the text (or weights, or tokenizer) that {path} was trained on",
-                        "use the same store, or another --run folder")
 
 
 class Pace:
@@ -174,13 +158,13 @@ def train(run: Run, note: Callable[..., None]) -> bool:
         note(step=progress.step + 1, phase="first step" if result is None else "step")
         wish = bool(flag.name) or (run.world.rank == 0 and run.folder.stop.exists())
         waited_s = run.waited_s()
-        result = train_step(run.trainee, progress, run.order.tokens, wish)
-        pace.step(time.perf_counter() - start - (run.waited_s() - waited_s))
+        result = train_step(run.trainee, progress, run.order.tokens, wish, run.saves.writing)
         stopped = result.stop
+        step_s = time.perf_counter() - start
         if run.metrics is not None:
             numbers = progress.sample_numbers(np.arange(result.samples.start, result.samples.stop))
-            run.metrics.step(progress, result, time.perf_counter() - start, int(numbers[0]),
-                             run.order.samples_hash(numbers))
+            run.metrics.step(progress, result, step_s, int(numbers[0]), run.order.samples_hash(numbers))
+        pace.step(step_s - (run.waited_s() - waited_s))
         if result.skipped:
             _after_bad_step(run, result)
             progress = run.progress
@@ -190,16 +174,16 @@ def train(run: Run, note: Callable[..., None]) -> bool:
         if job.data.validate_every and progress.step % job.data.validate_every == 0:
             note(phase="validate")
             validate(run)
-        if job.checkpoint.every and progress.step % job.checkpoint.every == 0:
+        run.saves.after_step(step_s, result.num_writing)
+        if run.saves.due(progress.step):
             note(phase="save")
-            save(run)
+            run.saves.save(progress)
     note(phase="finish")
     progress = run.progress
     done = progress.step >= job.train.steps
     if done and result is not None and not (job.data.validate_every and progress.step % job.data.validate_every == 0):
         validate(run)
-    if run.saved_step != progress.step:
-        save(run)
+    run.saves.last(progress)
     if result is not None:
         _write_timeline(run, result)
     _finish(run, done)
@@ -223,14 +207,17 @@ def _after_bad_step(run: Run, result: StepResult) -> None:
         raise RunError(f"{result.skipped}: {progress.skips} bad steps in a row, {progress.rollbacks} rollbacks (loss "
                        f"{result.loss}, gradient norm {result.grad_norm}); lower optim.lr, or raise train.max_skips")
     overflow = job.train.precision == "fp16" and not math.isfinite(result.grad_norm)  # that the loss scale mends
-    if job.stability.on_spike == "rollback" and run.saved_step >= 0 and not overflow:
+    if job.stability.on_spike == "rollback" and not overflow:
         _roll_back(run, result)
 
 
 def _roll_back(run: Run, result: StepResult) -> None:
     """Return to the last set of this run, and leave the bad step's samples out from now on. Every rank must call."""
     bad, at = run.progress, run.progress.step
+    run.saves.finish()
     found = run.world.control.broadcast(latest_set(run.folder.checkpoints) if run.world.rank == 0 else None)
+    if found is None:
+        return  # nothing was saved yet: leaving the update out has to do
     verify_together(found, run.world.control)
     fill(run.trainee.optimizer, found, run.world.rank)
     numbers = bad.sample_numbers(np.array([result.samples.start, result.samples.stop - 1]))
@@ -265,18 +252,6 @@ def validate(run: Run) -> None:
         dist.all_reduce(total, group=run.trainee.groups.everyone)
     if run.metrics is not None:
         run.metrics.validation(run.progress.step, total.item() / num)
-
-
-def save(run: Run) -> None:
-    """Publish a checkpoint set of the current step. Every rank must call."""
-    start, job = time.perf_counter(), run.job
-    shards = {kind: [shard.cpu().numpy() for shard in tensors]
-              for kind, tensors in run.trainee.optimizer.shards().items()}
-    state = {"progress": run.progress.as_dict(), "job": dataclasses.asdict(job), "data": run.order.fingerprint}
-    path = save_set(run.folder.checkpoints, run.progress.step, run.trainee.layout, run.world.rank, run.world.control,
-                    shards, state, job.checkpoint.ranks_per_file, job.checkpoint.keep)
-    run.saved_step = run.progress.step
-    run.say(f"saved {path.name} in {format_seconds(time.perf_counter() - start)}")
 
 
 def _write_timeline(run: Run, result: StepResult) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcpar.checkpoint import verify
 from hpcpar.checkpoint.verify import published_sets
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
@@ -66,11 +67,8 @@ def _move_aside(folder: RunFolder, to: int) -> None:
         known = ", ".join(map(str, sets)) or "none"
         raise UserError("--rewind-to", f"there is no published set of step {to}", f"there are: {known}")
     number = 1
-    while (aside := folder.path / f"rewound-{number}").exists():
+    while (aside := folder.path / f"metrics-rewound-{number}.jsonl").exists():
         number += 1
-    aside.mkdir()
     if folder.metrics.exists():
-        (aside / "metrics.jsonl").write_bytes(folder.metrics.read_bytes())
-    for step, path in sorted(sets.items(), reverse=True):  # newest first: a kill leaves a run that can go on
-        if step > to:
-            path.rename(aside / path.name)
+        aside.write_bytes(folder.metrics.read_bytes())
+    verify.rewind(folder.checkpoints, sets[to])

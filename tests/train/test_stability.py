@@ -84,12 +84,12 @@ def test_rewinding_moves_later_sets_aside_once(tmp_path: Path) -> None:
     sets(folder, 10, 20, 30)
     folder.metrics.write_text('{"step": 30}\n')
     assert "rewound to step 10" in rewind(folder, 10, "80:96")
-    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000010"]
-    assert sorted(path.name for path in (tmp_path / "rewound-1").iterdir()) == [
-        "metrics.jsonl", "step-00000020", "step-00000030"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "step-00000010", "step-00000020.aside", "step-00000030.aside"]
+    assert (tmp_path / "metrics-rewound-1.jsonl").read_text() == '{"step": 30}\n'
     sets(folder, 20)  # the run goes on, is requeued, and repeats its command line
     assert "obeyed before" in rewind(folder, 10, "80:96")
-    assert (folder.checkpoints / "step-00000020").exists() and not (tmp_path / "rewound-2").exists()
+    assert (folder.checkpoints / "step-00000020").exists()
     progress = Progress(step=10, samples=80)
     leave_out(folder, progress)
     leave_out(folder, progress)
