@@ -30,6 +30,9 @@ class Model:
     dropout: float = option(0.0, "dropout on embeddings and residuals", 0)
     init_std: float = option(0.02, "standard deviation of the initial weights", 0)
     rope_theta: float = option(10000.0, "base of the rotary frequencies", 1)
+    qk_norm: bool = option(False, "queries and keys are scaled to unit mean square a head (no weights)")
+    z_loss: float = option(0.0, "weight of the mean squared log-normaliser in the gradient, e.g. 1e-4", 0)
+    embedding_grad: float = option(1.0, "factor on the gradient of the embedding look-up, e.g. 0.1", 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Train:
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = option("bf16", "parameters and activations; bf16 and fp16 "
                                                                         "keep fp32 master weights")
     seed: int = option(1, "of weights, sample order and dropout", 0)
-    max_skips: int = option(20, "non-finite steps skipped in a row before the run fails", 0)
+    max_skips: int = option(20, "bad steps in a row, or rollbacks in all, before the run fails", 0)
     compile: bool = option(False, "torch.compile the layers' compute")
 
 
@@ -82,6 +85,17 @@ class Optim:
     decay_steps: int | None = option(None, "step at which the cosine reaches min_lr; default: train.steps", 0)
     ramp: tuple[int, int, int] | None = option(None, "batch ramp: start and increment (sequences), over samples")
     loss_scale: float = option(65536.0, "first loss scale (fp16 only)", 1)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What protects the weights from a bad step, beyond skipping those that are not finite."""
+
+    spike: float = option(0.0, "robust z-score of loss or gradient norm above which a step is bad; 0 = none", 0)
+    window: int = option(64, "updates that a step is held against", 4)
+    on_spike: Literal["skip", "rollback"] = option("skip", "leave the update out, or return to the last checkpoint "
+                                                           "and leave the bad samples out")
+    check_replicas_every: int = option(100, "steps between comparisons of replicated weights; 0 = never", 0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,15 @@ class Checkpoint:
     keep_every: int = option(0, "sets of steps that this divides are kept for good; 0 = none", 0)
     asynchronous: bool = option(True, "steps wait only for a copy in memory; a child process beside each rank writes")
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
+
+
+@dataclass(frozen=True)
+class Health:
+    """When a rank that gives no sign of life is taken for stuck, by what it is doing."""
+
+    step_limit_s: float = option(300.0, "seconds without progress inside a step", 1)
+    start_limit_s: float = option(1800.0, "the same while starting and in the first step, which may compile", 1)
+    save_limit_s: float = option(1800.0, "the same while saving, validating and finishing", 1)
 
 
 @dataclass(frozen=True)
@@ -137,8 +160,10 @@ class Job:
     layout: LayoutWish = field(default_factory=LayoutWish)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
+    stability: Stability = field(default_factory=Stability)
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    health: Health = field(default_factory=Health)
     machine: Machine = field(default_factory=Machine)
     submit: Submit = field(default_factory=Submit)
 

@@ -20,7 +20,8 @@ FIELDS = [(table, f) for table, section in typing.get_type_hints(Job).items() fo
 # one value for every option, none of them the default
 UNUSUAL: dict[str, dict[str, Any]] = {
     "model": {"kind": "llama", "layers": 7, "hidden": 96, "heads": 6, "kv_heads": 3, "ffn": 77, "seq": 33, "vocab": 91,
-              "tied": False, "dropout": 0.25, "init_std": 0.125, "rope_theta": 5e5},
+              "tied": False, "dropout": 0.25, "init_std": 0.125, "rope_theta": 5e5, "qk_norm": True, "z_loss": 1e-4,
+              "embedding_grad": 0.1},
     "layout": {"tp": 3, "pp": 2, "dp": 5, "cp": 2, "ep": 4, "chunks": 2, "schedule": "gpipe", "zero": 0,
                "table": ("0F0", "1F0"), "sequence_parallel": False, "recompute": "selective", "bucket_mib": 0.5},
     "train": {"global_batch": 60, "microbatch": 2, "steps": 17, "precision": "fp64", "seed": 12345678901234567,
@@ -30,6 +31,8 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "data": {"store": (("a b/\u4e2d\U0001f600\x7f", 1.0), ('quo"te\\', 2.5)), "validation": 0.5, "validate_every": 3,
              "validate_samples": 7},
     "checkpoint": {"every": "auto", "keep": 0, "keep_every": 90, "asynchronous": False, "ranks_per_file": 4},
+    "stability": {"spike": 8.0, "window": 20, "on_spike": "rollback", "check_replicas_every": 7},
+    "health": {"step_limit_s": 2.5, "start_limit_s": 3.5, "save_limit_s": 4.5},
     "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4, "mtbf_h": 77.5},
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
                "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'")},
