@@ -138,6 +138,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
     (["--data.store", "/data/with=equals"], "data", "store", "/data/with=equals"),
     (["--data.store", '[["a", 1], ["b", 2.5]]'], "data", "store", (("a", 1.0), ("b", 2.5))),
     (["--submit.exclude", '["n1"]'], "submit", "exclude", ("n1",)),
+    (["--submit.exclude", "n1,n2"], "submit", "exclude", ("n1", "n2")),
+    (["--submit.account", "1234"], "submit", "account", "1234"),
+    (["--submit.partition", "true"], "submit", "partition", "true"),
+    (["--data.store", "2026"], "data", "store", "2026"),
     (["--layout.tp", "2", "--layout.tp", "8"], "layout", "tp", 8),
 ])
 def test_overrides_and_their_types(tmp_path: Path, words: list[str], table: str, key: str, value: Any) -> None:
@@ -145,6 +149,15 @@ def test_overrides_and_their_types(tmp_path: Path, words: list[str], table: str,
     found = getattr(getattr(job, table), key)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_cluster_profile_is_stronger_than_the_file_and_weaker_than_a_flag(tmp_path: Path) -> None:
+    job = write(tmp_path, '[machine]\nnodes = 7\n[submit]\naccount = "file"\npartition = "file"\n')
+    cluster = write(tmp_path, '[submit]\naccount = "profile"\npartition = "profile"\n', "cluster.toml")
+    loaded = load_job(job, ["--submit.partition", "flag"], cluster)
+    assert (loaded.machine.nodes, loaded.submit.account, loaded.submit.partition) == (7, "profile", "flag")
+    with pytest.raises(UserError, match=r"has train, but a cluster profile .* keep \[machine\] and \[submit\]"):
+        load_job(job, [], write(tmp_path, "[train]\nsteps = 1\n", "wrong.toml"))
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -171,12 +171,12 @@ def test_submission_freezes_the_code_and_keeps_the_shells_variables_out(place):
     place.until_state(job_id, "COMPLETED")
     for rank in place.told():
         assert rank["file"].startswith(f"{place.run}/submit/code-")
-        assert rank["words"] == ["train", f"{place.run}/config.toml", "--run", str(place.run)]
+        assert rank["words"] == ["train", f"{place.run}/submit/job.toml", "--run", str(place.run)]
         assert rank["environment"].get("SLURM_CPU_BIND") != "quiet,mask_cpu:0x1"
         assert rank["environment"]["PMI_SIZE"] == "4" and "SBATCH_PARTITION" not in rank["environment"]
     # what a dry run shows is what Slurm got
-    place.call(sys.executable, "-c", "import os, pathlib; from hpcpar.submit.slurm import submit\n"
-               "submit(pathlib.Path('job.toml'), [], pathlib.Path('run'), os.environ, dry_run=True)",
+    place.call(sys.executable, "-c", "import os, pathlib; from hpcpar.submit.slurm import Request, submit\n"
+               "submit(pathlib.Path('job.toml'), [], pathlib.Path('run'), os.environ, Request(dry_run=True))",
                PYTHONPATH=next(str(path) for path in place.run.glob("submit/code-*")))
     real = (place.run / f"submit/{job_id}_submission.sh").read_text()
     assert (place.run / "submit/dry-run.sh").read_text() == real

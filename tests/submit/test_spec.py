@@ -24,7 +24,8 @@ def test_the_yuan_job_asks_for_266_nodes():
     spec = submit_spec(resolve_for_nodes(wish), "yuan")
     assert (spec.nodes, spec.tasks_per_node, spec.gpus_per_node, spec.num_tasks) == (266, 8, 8, 2128)
     assert (spec.partition, spec.account, spec.exclude) == ("gpu", "us", ("n1", "n2"))
-    assert spec.srun_args == ("--mpi=pmi2", "--kill-on-bad-exit=1", "--cpus-per-task=4")
+    assert spec.srun_args == ("--mpi=pmi2", "--kill-on-bad-exit=1", "--distribution=block", "--cpus-per-task=4",
+                              "--gpu-bind=none")
     assert spec.signal_lead_s == 600
 
 
