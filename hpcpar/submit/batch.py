@@ -78,7 +78,7 @@ class Batch:
         state = ask.job_fields(self.job_id).get("JobState", "RUNNING")
         if self.starts.folder.stop.exists():
             return f"stopped by {self.starts.folder.stop}; not requeued"
-        if state in ("CANCELLED", "TIMEOUT", "DEADLINE", "NODE_FAIL"):  # by a person, or Slurm requeues it itself
+        if state != "RUNNING":  # cancelled by a person, or Slurm requeues it itself
             return f"the job is {state}; not requeued"
         if going_on or code == 0:
             return ""

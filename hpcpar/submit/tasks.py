@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ def train(words: Sequence[str]) -> int:
             mark.touch()
         os._exit(0)  # no step was taken: nothing to save, and the others have been told as well
 
-    for number in STOPS:
+    if os.environ.get("SLURM_LOCALID") == "0":
+        remove_stale_segments(Path("/dev/shm"))
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # not TERM: by that srun ends the ranks beside one that failed
         signal.signal(number, stop_before_training)
     code = _enter(words)
     if code not in (0, WANTS_TO_GO_ON):
@@ -55,6 +58,24 @@ def train(words: Sequence[str]) -> int:
     if code == WANTS_TO_GO_ON and mark:
         mark.touch()
     return code
+
+
+def remove_stale_segments(folder: Path) -> None:
+    """Remove our shared-memory files of MPICH that no process maps: what killed ranks have left on this node.
+
+    MPICH names them after Slurm's job and step, which are the same after a requeue; one left by a job with other ranks
+    a node makes MPI_Init say "Out of memory". A node's first rank makes them, so it clears the way.
+    """
+    old = time.time() - 5  # one younger may be about to be mapped
+    stale = {str(path) for path in folder.glob("mpich_shm_*")
+             if (found := path.lstat()).st_uid == os.geteuid() and found.st_mtime < old}
+    for maps in Path("/proc").glob("[0-9]*/maps") if stale else ():
+        try:
+            stale -= {word for line in maps.read_text().splitlines() if (word := line.rpartition(" ")[2]) in stale}
+        except OSError:
+            continue  # it has ended, or is not ours
+    for path in stale:
+        Path(path).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

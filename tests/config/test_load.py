@@ -32,7 +32,9 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "checkpoint": {"every": 9, "keep": 0, "ranks_per_file": 4},
     "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4},
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
-               "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'")},
+               "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'"), "constraint": "ib&a100",
+               "gres": "gpu:a100", "container": "apptainer exec a.sif", "max_walltime_min": 60, "stage_env": True,
+               "local_dir": "/scratch", "elastic": True, "retries": 0},
 }
 
 
