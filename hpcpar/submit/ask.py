@@ -45,7 +45,7 @@ class Partition:
     name: str
     max_minutes: int | None
     max_nodes: int | None
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node, ...]  # empty where Slurm hides some: clouds show no node that is powered down
 
 
 def partitions() -> dict[str, dict[str, str]] | None:
@@ -62,6 +62,8 @@ def partition(found: dict[str, str]) -> Partition | None:
     rows = [line.split("|") for line in answer.splitlines()]
     nodes = tuple(Node(name, int(cpus.rstrip("+")), _gpus(gres), frozenset(features.split(",")), _usable(state))
                   for name, cpus, gres, features, state in rows)
+    if len({node.name for node in nodes}) < int(found.get("TotalNodes", 0)):
+        nodes = ()
     limit = found.get("MaxNodes", "")
     return Partition(found["PartitionName"], minutes(found.get("MaxTime", "")), int(limit) if limit.isdigit() else None,
                      nodes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 from hpcpar.config.job import Job
@@ -36,19 +37,19 @@ def _check_time(job: Job, folder: RunFolder) -> list[str]:
     if step_s is None:
         return []
     if step_s > spec.signal_lead_s / 2:
+        longer = math.ceil(20 * step_s / 60)  # the lead is a tenth of it, 10 minutes at most
         raise UserError("submit.walltime_min", f"a step takes {format_seconds(step_s)}, but the signal comes only "
                         f"{format_seconds(spec.signal_lead_s)} before the end: no time to finish it and save",
-                        f"write walltime_min = {_minutes_for_lead(2 * step_s)}")
-    interval_s = (job.checkpoint.every or 1) * step_s
-    needed_s = START_S + interval_s + spec.signal_lead_s
+                        f"write walltime_min = {longer}" if longer <= 100 else "make the step shorter")
+    every = job.checkpoint.every if isinstance(job.checkpoint.every, int) else 0
+    needed_s = START_S + max(1, every) * step_s + spec.signal_lead_s
     if needed_s > limit_s:
         raise UserError("submit.walltime_min", f"{job.submit.walltime_min} minutes do not hold a start "
-                        f"({format_seconds(START_S)}), one checkpoint interval ({job.checkpoint.every or 1} steps of "
+                        f"({format_seconds(START_S)}), one checkpoint interval ({max(1, every)} steps of "
                         f"{format_seconds(step_s)}) and the stop before the end ({format_seconds(spec.signal_lead_s)})",
                         f"write walltime_min = {int(needed_s / 60 * 1.2) + 1}, or save more often")
-    steps_a_job = (limit_s - START_S - spec.signal_lead_s) / step_s
-    jobs = -(-job.train.steps // max(1, int(steps_a_job)))
-    return [f"about {format_seconds(job.train.steps * step_s)} of steps: {jobs} start{'s' * (jobs != 1)} of "
+    starts = math.ceil(job.train.steps / max(1, int((limit_s - START_S - spec.signal_lead_s) / step_s)))
+    return [f"about {format_seconds(job.train.steps * step_s)} of steps: {starts} start{'s' * (starts != 1)} of "
             f"{format_seconds(limit_s)}"]
 
 
@@ -62,13 +63,9 @@ def measured_step_s(folder: RunFolder) -> float | None:
     return steps[len(steps) // 2] if steps else None
 
 
-def _minutes_for_lead(lead_s: float) -> int:
-    return int(lead_s * 10 / 60) + 1
-
-
 def _check_partition(job: Job) -> list[str]:
     """Hold the request against what Slurm says of the partition; sbatch itself takes jobs that can never start."""
-    wish, machine, spec = job.submit, job.machine, submit_spec(job, "")
+    wish, spec = job.submit, submit_spec(job, "")
     limit = wish.max_walltime_min
     known = ask.partitions()
     name = wish.partition or next((n for n, f in (known or {}).items() if f.get("Default") == "YES"), "")
@@ -81,11 +78,20 @@ def _check_partition(job: Job) -> list[str]:
                         f"{limit}", f"write walltime_min = {limit}: the run goes on by itself in the next job")
     if found is None:
         return []
+    if found.max_nodes is not None and spec.min_nodes > found.max_nodes:
+        raise UserError("machine.nodes", f"{spec.min_nodes}, but partition {name} gives a job {found.max_nodes}",
+                        "choose another partition or a smaller layout")
+    return _check_nodes(job, found) if found.nodes else []
+
+
+def _check_nodes(job: Job, found: ask.Partition) -> list[str]:
+    """Hold the request against what the nodes of a partition have."""
+    wish, machine, spec = job.submit, job.machine, submit_spec(job, "")
     cpus, gpus = machine.gpus_per_node * wish.cpus_per_task, spec.gpus_per_node
     wanted = {word for word in re.split(r"[&,]", wish.constraint) if re.fullmatch(r"\w+", word)}
     steps = [
         ("machine.nodes", "", list(found.nodes)),
-        ("submit.exclude", "are left", [n for n in found.nodes if n.name not in wish.exclude]),
+        ("submit.exclude", "are not excluded", [n for n in found.nodes if n.name not in wish.exclude]),
         ("submit.constraint", f"have {wish.constraint}", [n for n in found.nodes if wanted <= n.features]),
         ("submit.cpus_per_task", f"have {machine.gpus_per_node} x {wish.cpus_per_task} = {cpus} cores",
          [n for n in found.nodes if n.cpus >= cpus]),
@@ -93,11 +99,9 @@ def _check_partition(job: Job) -> list[str]:
     ]
     for where, what, nodes in steps:
         if len(nodes) < spec.min_nodes:
-            raise UserError(where, f"{spec.min_nodes} nodes are needed; of the {len(found.nodes)} of partition {name} "
-                            f"{len(nodes)} {what}".rstrip(), _what_would_do(where, found, spec.min_nodes))
-    if found.max_nodes is not None and spec.min_nodes > found.max_nodes:
-        raise UserError("machine.nodes", f"{spec.min_nodes}, but partition {name} gives a job {found.max_nodes}",
-                        "choose another partition or a smaller layout")
+            of_them = f", of which {len(nodes)} {what}" if what else ""
+            raise UserError(where, f"{spec.min_nodes} nodes are needed; partition {found.name} has {len(found.nodes)}"
+                            f"{of_them}", _what_would_do(where, found, spec.min_nodes))
     fit = set.intersection(*({n.name for n in nodes} for _, _, nodes in steps))
     ready = sum(n.usable for n in found.nodes if n.name in fit)
     return [] if ready >= spec.nodes else [f"{ready} of the {spec.nodes} nodes are in service now: the job will wait"]

@@ -49,7 +49,7 @@ class RealPlace(Place):
     def step(self) -> int:
         return max((line["step"] for line in read_metrics(self.run / "metrics.jsonl") if "loss" in line), default=0)
 
-    def until_step(self, step: int, limit_s: float = 150) -> None:
+    def until_step(self, step: int, limit_s: float = 250) -> None:
         self.until(lambda: self.step() >= step, limit_s)
 
     def curve(self) -> dict[int, tuple[float, str]]:
@@ -89,9 +89,9 @@ class RealPlace(Place):
             starts = (self.run / "submit/starts.jsonl").read_text().splitlines()
             return len([line for line in starts if "nodes" in line]) > 1 and self.step() != before
 
-        self.until(stepped, 200)
+        self.until(stepped, 300)
         MEASURED.append(f"{fault}: first step {time.monotonic() - start:.1f} s after the job started again")
-        self.until_state(job_id, "COMPLETED", limit_s=200)
+        self.until_state(job_id, "COMPLETED", limit_s=300)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cluster: dict[str, s
     """The curve of a run that nothing happens to, on 8 tasks over 2 nodes."""
     place = RealPlace(tmp_path_factory.mktemp("uninterrupted"), cluster, store)
     job_id = place.submit("--layout.pp", "2", "--machine.gpus_per_node", "4")
-    place.until_state(job_id, "COMPLETED", limit_s=240)
+    place.until_state(job_id, "COMPLETED", limit_s=400)
     assert len(list((place.run / "logs").glob("rank-*.log"))) == 8
     return place.curve()
 
@@ -248,10 +248,10 @@ def test_scancel_leaves_a_verified_checkpoint(place, uninterrupted):
     found = latest_set(place.run / "checkpoints")
     assert found is not None and found.name == f"step-{place.step():08d}" and verify_set(found)
     job_id = place.submit("--until", "40")  # the same command goes on
-    place.until_state(job_id, "COMPLETED", limit_s=200)
+    place.until_state(job_id, "COMPLETED", limit_s=300)
     assert list(place.curve()) == list(range(1, 41))
     job_id = place.submit()
-    place.until_state(job_id, "COMPLETED", limit_s=200)
+    place.until_state(job_id, "COMPLETED", limit_s=300)
     assert_same(place, uninterrupted)
 
 

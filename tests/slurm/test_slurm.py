@@ -223,17 +223,17 @@ def test_a_pickle_that_others_can_write_is_not_loaded(place):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--machine.nodes", "5", "--layout.dp", "5", "--train.global_batch", "5"],
-     "machine.nodes: 5 nodes are needed; of the 4 of partition main 4"),
+     "machine.nodes: 5 nodes are needed; partition main has 4;"),
     (["--submit.cpus_per_task", "9"],
-     "cpus_per_task: 2 nodes are needed; of the 4 of partition main 0 have 2 x 9 = 18 cores; 2 nodes have 16 each"),
+     "cpus_per_task: 2 nodes are needed; partition main has 4, of which 0 have 2 x 9 = 18 cores; 2 nodes have 16 each"),
     (["--machine.gpu", "h100-80g", "--machine.gpus_per_node", "9", "--layout.dp", "9", "--train.global_batch", "9"],
-     "gpus_per_node: 2 nodes are needed; of the 4 of partition main 0 have 9 GPUs; 2 nodes have 8 each"),
+     "gpus_per_node: 2 nodes are needed; partition main has 4, of which 0 have 9 GPUs; 2 nodes have 8 each"),
     (["--submit.partition", "shrt"], r"partition: shrt is not a partition here; did you mean short\?"),
     (["--submit.partition", "short", "--submit.walltime_min", "11"], r"walltime_min: 11 minutes, but short gives 10"),
     (["--submit.partition", "short", "--machine.nodes", "4", "--layout.dp", "4"],
      "machine.nodes: 4, but partition short gives a job 3"),
-    (["--submit.exclude", "node1,node2,node4"], "exclude: 2 nodes are needed; of the 4 of partition main 1 are left"),
-    (["--submit.constraint", "a100"], "constraint: 2 nodes are needed; of the 4 of partition main 0 have a100"),
+    (["--submit.exclude", "node1,node2,node4"], "exclude: 2 nodes are needed; partition main has 4, of which 1 are not excluded"),
+    (["--submit.constraint", "a100"], "constraint: 2 nodes are needed; partition main has 4, of which 0 have a100"),
 ])
 def test_what_the_partition_cannot_give_is_refused_with_numbers(place, monkeypatch, words, said):
     monkeypatch.setenv("SLURM_CONF", place.environment["SLURM_CONF"])
