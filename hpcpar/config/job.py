@@ -148,8 +148,16 @@ class Submit:
     account: str = option("", "Slurm account")
     mpi: str = option("pmi2", "srun --mpi; pip's mpich wants pmi2")
     cpus_per_task: int = option(1, "cores a rank", 1)
-    exclude: tuple[str, ...] = option((), "hosts not to use")
+    exclude: tuple[str, ...] = option((), "nodes not to use")
     setup: tuple[str, ...] = option((), "shell lines before the run (modules, environment)")
+    constraint: str = option("", "features that a node must have (sbatch --constraint)")
+    gres: str = option("", "how the cluster calls its GPUs, such as gpu:a100; default: --gpus-per-node")
+    container: str = option("", "words before python3 on every rank, such as apptainer exec --nv IMAGE")
+    max_walltime_min: int | None = option(None, "longest time limit that the cluster gives; default: ask Slurm", 1)
+    stage_env: bool = option(False, "pack the Python environment once and unpack it on every node's own disk")
+    local_dir: str = option("/tmp", "a folder on every node's own disk (shell variables allowed)")
+    elastic: bool = option(False, "take fewer nodes where some are missing, at a smaller dp")
+    retries: int = option(3, "starts in a row that save nothing new before a failing run is given up", 0)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from hpcpar.comm.groups import Groups
+from hpcpar.config.ramp import batch_size
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.dropout import draw_for
-from hpcpar.optim.schedules import batch_size, learning_rate
+from hpcpar.optim.schedules import learning_rate
 from hpcpar.parallel.pipeline import Microbatch, Pipeline, Played
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.stability import distrust, remember
