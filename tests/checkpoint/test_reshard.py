@@ -22,11 +22,12 @@ from hpcpar.checkpoint.format import Manifest, StoredBox, index_path
 from hpcpar.checkpoint.load import Wanted, plan_reads
 from hpcpar.comm.control import Alone
 from hpcpar.config.job import Job
+from hpcpar.config.ramp import batch_size
 from hpcpar.config.resolve import resolve
 from hpcpar.errors import CheckpointError
 from hpcpar.layout.boxes import Box
 from hpcpar.layout.layout import Layout
-from hpcpar.optim.schedules import batch_size, learning_rate
+from hpcpar.optim.schedules import learning_rate
 from hpcpar.train.preflight import open_order
 from hpcpar.train.resume import check_same, saved_progress
 from hpcpar.train.state import Progress
