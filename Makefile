@@ -17,7 +17,7 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks parity-all bench clean
+.PHONY: help demo test check test-one test-ranks parity-all chaos-checkpoint damage-checkpoint bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,13 @@ check: $(TEST_READY)  ## lint, types, import law
 
 parity-all: $(TEST_READY)  ## the full product of parity jobs (hours); PARITY_SAMPLE=N takes N of them
 	$(RANKS) $(BIN)python -m tests.parity.all $(PARITY_SAMPLE)
+
+chaos-checkpoint: $(TEST_READY)  ## 300 kill -9 of ranks and launchers that save, then 300 of asynchronous saves (20 minutes)
+	$(BIN)python -m tests.chaos.kill_saves
+	$(BIN)python -m tests.chaos.kill_saves --asynchronous
+
+damage-checkpoint: $(TEST_READY)  ## 1000 damages of a checkpoint set, each reported with file and tensors (a minute)
+	$(BIN)python -m tests.checkpoint.damage
 
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py
