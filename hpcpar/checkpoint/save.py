@@ -120,7 +120,7 @@ def _prepare(checkpoints: Path, folder: Path) -> None:
 def _write_own(folder: Path, layout: Layout, global_rank: int, shards: Shards, ranks_per_file: int,
                turn: int) -> tuple[FileEntry | None, dict[str, str]]:
     """Write this rank's boxes if it is its turn; return the file's entry if this rank was the last to write it."""
-    kinds = {kind: str(buckets[0].dtype) for kind, buckets in shards.items()}
+    kinds = {kind: str(buckets[0].dtype) for kind, buckets in sorted(shards.items())}
     number, place = divmod(global_rank, ranks_per_file)
     if place != turn:
         return None, kinds
@@ -132,17 +132,17 @@ def _write_own(folder: Path, layout: Layout, global_rank: int, shards: Shards, r
         return None, kinds
     arrays = _cut(layout, global_rank, pieces, shards)
     path = folder / shard_name(number)
+    datasets = [Dataset(dataset_path(kind, name, box), box.size, dtype, box.offset)
+                for kind, dtype in kinds.items() for boxes in plan.values() for name, box in boxes]
     if global_rank == writers[0]:
-        # rank by rank, then kind by kind: everyone's bytes lie together
-        datasets = [Dataset(dataset_path(kind, name, box), box.size, np.dtype(dtype), box.offset)
-                    for boxes in plan.values() for kind, dtype in kinds.items() for name, box in boxes]
         entry = write_file(path, datasets, arrays)
+        start = entry.start
     else:
-        fill_file(path, arrays)
+        start = fill_file(path, datasets, arrays)
     if global_rank != writers[-1]:
         return None, kinds
     # the others' bytes are only on disk: the last writer reads them back
-    return entry if len(writers) == 1 else checksum_file(path), kinds
+    return entry if len(writers) == 1 else replace(checksum_file(path), start=start), kinds
 
 
 def _boxes(pieces: list[Piece]) -> tuple[StoredBox, ...]:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpcpar.checkpoint.load import load_shards
+from hpcpar.checkpoint.load import load_together
 from hpcpar.checkpoint.save import save_set
-from hpcpar.checkpoint.verify import latest_set, read_state, verify_together
+from hpcpar.checkpoint.verify import latest_set, read_state
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
@@ -86,10 +86,9 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
-        verify_together(found, world.control)
         progress = Progress(**state["progress"])
         main = {"fp64": np.float64}.get(job.train.precision, np.float32)
-        stored = load_shards(found, layout, world.rank, main, verify=False)
+        stored = load_together(found, layout, world.control, main)
         for kind, shards in optimizer.shards().items():
             for shard, values in zip(shards, stored[kind], strict=True):
                 shard.copy_(torch.from_numpy(values))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-import hpcpar.checkpoint.load as load_module
+import hpcpar.checkpoint.read as read_module
 import hpcpar.checkpoint.save as save_module
 from hpcpar.checkpoint import (
     latest_set,
@@ -53,7 +53,7 @@ def test_300_damages_are_reported_before_libhdf5_opens_a_file(tmp_path: Path, mo
     layout = make_layout(GPT, 2, 1, 2)
     good, bad = save(tmp_path / "good", 1, layout), tmp_path / "bad" / "step-00000001"
     wider = make_layout(GPT)
-    monkeypatch.setattr(load_module, "open_hdf5", lambda path: pytest.fail(f"libhdf5 opened {path}"))
+    monkeypatch.setattr(read_module, "open_hdf5", lambda path: pytest.fail(f"libhdf5 opened {path}"))
     dice = random.Random(3)
     for _ in range(300):
         shutil.rmtree(bad, ignore_errors=True)
