@@ -85,10 +85,14 @@ def load_tensor(path: Path, name: str, kind: str = WEIGHT, verify: bool = True) 
     for word, known in ((name, manifest.tensors), (kind, manifest.kinds)):
         if word not in known:
             raise CheckpointError(f"{path}: has no {word}; {did_you_mean(word, known)}")
-    dtype = manifest.dtype(kind, name)
-    array = np.zeros(manifest.tensors[name], "float32" if dtype == BFLOAT16 else dtype)
-    wanted = [Wanted(name, whole(array.shape), {kind: array})]
-    _fill(path, manifest, wanted, verify)
+    return load_box(path, manifest, kind, name, whole(manifest.tensors[name]), verify)
+
+
+def load_box(path: Path, manifest: Manifest, kind: str, tensor: str, box: Box, verify: bool = False) -> Array:
+    """Return a part of a logical tensor of a set that the caller has verified. Raises: CheckpointError."""
+    dtype = manifest.dtype(kind, tensor)
+    array = np.zeros(box.size, "float32" if dtype == BFLOAT16 else dtype)
+    _fill(path, manifest, [Wanted(tensor, box, {kind: array})], verify)
     return array
 
 

@@ -86,7 +86,8 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
-        progress = Progress(**state["progress"])
+        if state["data"] is not None:  # an imported set has seen none
+            progress = Progress(**state["progress"])
         main = {"fp64": np.float64}.get(job.train.precision, np.float32)
         stored = load_together(found, layout, world.control, main)
         for kind, shards in optimizer.shards().items():
@@ -113,6 +114,8 @@ def _check_same(state: dict[str, object], job: Job, order: SampleOrder, path: Pa
         if saved["model"].get(name) != value and name not in ("dropout", "init_std"):
             raise UserError(f"model.{name}", f"is {value}, but {path} was saved with {saved['model'].get(name)}",
                             "use the same model, or another --run folder")
+    if state["data"] is None:  # imported: any data, in any order
+        return
     if saved["train"]["seed"] != job.train.seed:
         raise UserError("train.seed", f"is {job.train.seed}, but {path} was saved with {saved['train']['seed']}",
                         f"write seed = {saved['train']['seed']}, or use another --run folder")
