@@ -47,7 +47,7 @@ def load_together(path: Path, layout: Layout, control: Control,
     try:
         manifest = read_manifest(path)
         shards, wanted = _empty_shards(path, manifest, layout, control.rank, dtype)
-        _fill(path, manifest, wanted, _share(manifest, control))
+        _fill(path, manifest, wanted, share_of(manifest, control.rank, control.size))
     except CheckpointError as error:
         why = str(error)
     reasons = sorted({reason for reason in control.all_gather(why) if reason})
@@ -56,13 +56,13 @@ def load_together(path: Path, layout: Layout, control: Control,
     return shards
 
 
-def _share(manifest: Manifest, control: Control) -> set[str]:
+def share_of(manifest: Manifest, rank: int, num_ranks: int) -> set[str]:
     """Name the files that a rank verifies: file n is that of rank n, or of the first of the ranks that wrote it."""
     names = [file.name for file in manifest.files if file.boxes]
-    few = len(names) < control.size
+    few = len(names) < num_ranks
     mine = {name for n, name in enumerate(names)
-            if (n * control.size // len(names) if few else n % control.size) == control.rank}
-    return mine | ({file.name for file in manifest.files if not file.boxes} if control.rank == 0 else set())
+            if (n * num_ranks // len(names) if few else n % num_ranks) == rank}
+    return mine | ({file.name for file in manifest.files if not file.boxes} if rank == 0 else set())
 
 
 def _empty_shards(path: Path, manifest: Manifest, layout: Layout, global_rank: int,
