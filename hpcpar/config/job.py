@@ -97,6 +97,8 @@ class Checkpoint:
     every: int = option(100, "steps between checkpoints; 0 = only when the run stops or ends", 0)
     keep: int = option(3, "newest sets kept; 0 = all", 0)
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
+    compression: Literal["none", "blosc2-zstd", "blosc2-lz4"] = option("none", "lossless, of the shard files; needs "
+                                                                               "hdf5plugin, to read too")
 
 
 @dataclass(frozen=True)
