@@ -80,10 +80,13 @@ class BackgroundSaver:
         return None
 
     def finish(self) -> Published | None:
-        """Wait for the save in hand; return the set, if it was not yet published. Raises: CheckpointError."""
+        """Wait for the save in hand, if any; return the set, if it was not yet published. Raises: CheckpointError."""
         found = None
-        while self._phases is not None:
-            found = self.advance() or found
+        try:
+            while self._phases is not None:
+                found = self.advance() or found
+        finally:
+            self._writer.rest()  # it may be clearing away what has failed
         return found
 
     def close(self) -> None:

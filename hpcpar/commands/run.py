@@ -48,10 +48,11 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     job = resolve(load_job(args.job, words), surroundings.num_tasks)
     folder = run_folder(args)
 
-    from hpcpar.train.preflight import check_run_folder, open_order, put_aside
+    from hpcpar.train.preflight import check_run_folder, check_space, open_order, put_aside
 
     order = open_order(job)
     check_run_folder(folder, args.allow_fresh)
+    check_space(job, folder)
 
     from hpcpar.comm.bootstrap import connect, open_process_group
     from hpcpar.comm.watch import Watch

@@ -94,8 +94,11 @@ class Data:
 class Checkpoint:
     """What is saved, and when."""
 
-    every: int = option(100, "steps between checkpoints; 0 = only when the run stops or ends", 0)
+    every: int | Literal["auto"] = option(100, "steps between checkpoints; 0 = only when the run stops or ends; auto = "
+                                               "by their measured cost and machine.mtbf_h", 0)
     keep: int = option(3, "newest sets kept; 0 = all", 0)
+    keep_every: int = option(0, "sets of steps that this divides are kept for good; 0 = none", 0)
+    asynchronous: bool = option(True, "steps wait only for a copy in memory; a child process beside each rank writes")
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
     compression: Literal["none", "blosc2-zstd", "blosc2-lz4"] = option("none", "lossless, of the shard files; needs "
                                                                                "hdf5plugin, to read too")
@@ -108,6 +111,7 @@ class Machine:
     gpu: str = option("cpu", "GPU kind, or cpu")
     nodes: int = option(1, "nodes", 1)
     gpus_per_node: int = option(8, "GPUs, and so ranks, a node", 1)
+    mtbf_h: float = option(4000.0, "mean hours between failures of one node", 0.001)
 
 
 @dataclass(frozen=True)

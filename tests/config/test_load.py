@@ -29,8 +29,8 @@ UNUSUAL: dict[str, dict[str, Any]] = {
               "clip": 0.3, "warmup_steps": 4, "decay_steps": 15, "ramp": (20, 20, 400), "loss_scale": 2.0**24},
     "data": {"store": (("a b/\u4e2d\U0001f600\x7f", 1.0), ('quo"te\\', 2.5)), "validation": 0.5, "validate_every": 3,
              "validate_samples": 7},
-    "checkpoint": {"every": 9, "keep": 0, "ranks_per_file": 4},
-    "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4},
+    "checkpoint": {"every": "auto", "keep": 0, "keep_every": 90, "asynchronous": False, "ranks_per_file": 4},
+    "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4, "mtbf_h": 77.5},
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
                "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'")},
 }
