@@ -81,7 +81,7 @@ def drop_from_cache(folder: Path) -> None:
 
 def raw(rank: int, arrays: Arrays) -> Candidate:
     """One file a rank, written and read from front to back, 16 MiB at a time."""
-    total, piece = sum(a.nbytes for a in arrays.values()), 16 << 20
+    piece = 16 << 20
 
     def save(folder: Path) -> None:
         with (folder / f"{rank}.raw").open("xb", buffering=0) as file:
@@ -92,11 +92,14 @@ def raw(rank: int, arrays: Arrays) -> Candidate:
             os.fsync(file.fileno())
 
     def load(folder: Path) -> object:
-        into = memoryview(np.empty(total, np.uint8))
+        # into as many arrays as everybody's: where memory comes from costs more than the disk on some machines
+        found = [np.empty_like(array) for array in arrays.values()]
         with (folder / f"{rank}.raw").open("rb", buffering=0) as file:
-            for at in range(0, total, piece):
-                file.readinto(into[at:at + piece])
-        return into
+            for array in found:
+                into = memoryview(array).cast("B")
+                for at in range(0, len(into), piece):
+                    file.readinto(into[at:at + piece])
+        return found
 
     return Candidate(save, load)
 

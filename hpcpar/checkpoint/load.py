@@ -12,7 +12,7 @@ import numpy as np
 from hpcpar.checkpoint.format import BFLOAT16, WEIGHT, Manifest, bits_of, read_manifest
 from hpcpar.checkpoint.read import Read, Wanted, read_verified, read_wanted
 from hpcpar.comm.control import Control
-from hpcpar.errors import CheckpointError, did_you_mean
+from hpcpar.errors import CheckpointError, HpcparError, did_you_mean
 from hpcpar.layout.boxes import Box, whole
 from hpcpar.layout.layout import Layout
 from hpcpar.units import format_bytes
@@ -48,7 +48,7 @@ def load_together(path: Path, layout: Layout, control: Control,
         manifest = read_manifest(path)
         shards, wanted = _empty_shards(path, manifest, layout, control.rank, dtype)
         _fill(path, manifest, wanted, share_of(manifest, control.rank, control.size))
-    except CheckpointError as error:
+    except HpcparError as error:  # whatever it is: not to answer would leave the others waiting
         why = str(error)
     reasons = sorted({reason for reason in control.all_gather(why) if reason})
     if reasons:
