@@ -33,7 +33,9 @@ def published(final: Path) -> Iterator[Path]:
 
 def begin(final: Path) -> Path:
     """Make the empty folder that will become `final`, and return it. Raises: OSError."""
-    folder = final.with_name(f".{final.name}.tmp")
+    folder, aside = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
+    if aside.exists() and not final.exists():
+        aside.rename(final)  # killed between the two renames of `take_name`
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -47,9 +49,20 @@ def complete(folder: Path, manifest: Manifest) -> None:
 
 
 def publish(folder: Path, final: Path) -> None:
-    """Rename; a kill at any point leaves the new folder or the one before under a name that counts."""
+    """Give a complete folder its name for good, and delete what had that name. Raises: OSError."""
     aside = final.with_name(f".{final.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
+    take_name(folder, final)
+    sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def take_name(folder: Path, final: Path) -> None:
+    """Rename `folder` to `final`; a kill at any point leaves the new folder or the one before under a name that counts.
+
+    What had the name lies aside as `.NAME.old`; it counts until the new one has the name.
+    """
+    aside = final.with_name(f".{final.name}.old")
     if final.exists():
         final.rename(aside)
     try:
@@ -58,5 +71,3 @@ def publish(folder: Path, final: Path) -> None:
         if aside.exists():
             aside.rename(final)
         raise
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -31,9 +31,9 @@ from hpcpar.checkpoint.format import (
     side_name,
     step_of,
 )
-from hpcpar.checkpoint.index import write_index
+from hpcpar.checkpoint.publish import complete, take_name
 from hpcpar.checkpoint.retention import retire
-from hpcpar.checkpoint.store import Dataset, checksum_file, fill_file, sync_folder, write_bytes, write_file
+from hpcpar.checkpoint.store import Dataset, checksum_file, fill_file, sync_folder, write_file
 from hpcpar.comm.control import Control
 from hpcpar.errors import CheckpointError
 from hpcpar.layout.buckets import Piece
@@ -133,7 +133,7 @@ def save_phases(saving: Saving, step: int, state: Mapping[str, Any], control: Co
 
     def publish() -> None:
         worker.answer()
-        _publish(folder, final, side_name(step, "old"))
+        take_name(folder, final)
 
     together(lambda: publish() if alone else None)
     if alone:
@@ -167,9 +167,7 @@ class Tasks:
         manifest = _manifest(step, self._saving, kinds[0], files, state)
         for name in (INDEX, MANIFEST):
             (Path(folder) / name).unlink(missing_ok=True)  # of a worker that died here and was replaced
-        index = write_index(Path(folder), manifest)
-        write_bytes(Path(folder) / MANIFEST, replace(manifest, files=(*manifest.files, index)).to_bytes())
-        sync_folder(Path(folder))
+        complete(Path(folder), manifest)
 
     def settle(self, step: int) -> None:
         """Make the new name survive a power cut; only then delete what it replaces."""
@@ -239,7 +237,7 @@ def _prepare(checkpoints: Path, folder: Path) -> None:
         if step_of(name) is None:
             continue
         if what == "old" and not (checkpoints / name).exists():
-            left.rename(checkpoints / name)  # killed between the two renames of _publish
+            left.rename(checkpoints / name)  # killed between the two renames of take_name
         elif what in ("tmp", "old", "gone"):
             shutil.rmtree(left)
     folder.mkdir()
@@ -311,16 +309,3 @@ def _manifest(step: int, saving: Saving, kinds: Mapping[str, str], entries: list
                                  boxes=tuple(box for found in boxes.values() for box in found)))
     return Manifest(step, kinds, {p.name: p.shape for p in layout.table}, tuple(files), state,
                     compression=saving.compression)
-
-
-def _publish(folder: Path, final: Path, aside_name: str) -> None:
-    """Give the folder its name; a kill at any point leaves this set or the one before published."""
-    aside = final.with_name(aside_name)
-    if final.exists():
-        final.rename(aside)  # `published_sets` still counts it, until the new one has the name
-    try:
-        folder.rename(final)
-    except OSError:
-        if aside.exists():
-            aside.rename(final)
-        raise

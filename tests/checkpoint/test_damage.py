@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
+import hpcpar.checkpoint.publish as publish_module
 import hpcpar.checkpoint.read as read_module
 import hpcpar.checkpoint.save as save_module
 from hpcpar.checkpoint import (
@@ -151,7 +152,7 @@ def test_a_failed_rank_fails_all_with_one_message(tmp_path: Path, monkeypatch: p
                                          "space left on device; older sets are untouched"}
     assert [p.name for p in tmp_path.iterdir()] == [good.name] and verify_set(good)
     monkeypatch.undo()
-    monkeypatch.setattr(save_module, "write_index", lambda *a: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(publish_module, "write_index", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O")))
     assert all("rank 0: OSError: [Errno 5]" in str(r) for r in try_save(tmp_path, 2, layout))
     monkeypatch.undo()
     assert latest_set(tmp_path) == good and save(tmp_path, 2, layout) == latest_set(tmp_path)
