@@ -80,7 +80,7 @@ def read_verified(path: Path, manifest: Manifest, entry: FileEntry, reads: Seque
 
 def _read_all(file: Path, manifest: Manifest, entry: FileEntry, reads: Sequence[Read]) -> tuple[int, str]:
     """Read a file from front to back and put what is wanted in place; return its size and checksum."""
-    digest, at = xxhash.xxh3_128(), 0
+    digest, at, wanted = xxhash.xxh3_128(), 0, _by_box(reads)
     with _open(file) as (descriptor, size):
         if size != entry.size:
             return size, ""
@@ -88,7 +88,7 @@ def _read_all(file: Path, manifest: Manifest, entry: FileEntry, reads: Sequence[
             for chunk in _stream(descriptor, at, place - at):
                 digest.update(chunk)
             dtype, at = manifest.dtype(kind, stored.tensor), place + num_bytes
-            for chunk in _take(descriptor, place, stored.box.size or (1,), dtype, _puts(reads, kind, stored)):
+            for chunk in _take(descriptor, place, stored.box.size or (1,), dtype, _puts(wanted, kind, stored)):
                 digest.update(chunk)
         for chunk in _stream(descriptor, at, size - at):
             digest.update(chunk)
@@ -100,21 +100,28 @@ def read_wanted(path: Path, manifest: Manifest, entry: FileEntry, reads: Sequenc
     file, total = path / entry.name, 0
     if entry.start is None:
         return _through_hdf5(file, manifest, reads) if reads else 0
-    wanted = {StoredBox(read.wanted.tensor, read.stored) for read in reads}
+    wanted = _by_box(reads)
     with _reporting(file), _open(file) as (descriptor, _):
         for place, _, kind, stored in manifest.places(entry):
             if stored in wanted:
                 dtype = manifest.dtype(kind, stored.tensor)
-                for put in _puts(reads, kind, stored):
+                for put in _puts(wanted, kind, stored):
                     total += _pick(descriptor, place, stored.box.size or (1,), put, dtype)
     return total
 
 
-def _puts(reads: Sequence[Read], kind: str, stored: StoredBox) -> list[_Put]:
+def _by_box(reads: Sequence[Read]) -> dict[StoredBox, list[Read]]:
+    found: dict[StoredBox, list[Read]] = {}
+    for read in reads:
+        found.setdefault(StoredBox(read.wanted.tensor, read.stored), []).append(read)
+    return found
+
+
+def _puts(wanted: Mapping[StoredBox, list[Read]], kind: str, stored: StoredBox) -> list[_Put]:
     """List what is wanted of a stored box in a kind; a tensor without dims counts as one of shape [1]."""
     found = []
-    for read in reads:
-        if read.stored == stored.box and read.wanted.tensor == stored.tensor and kind in read.wanted.into:
+    for read in wanted.get(stored, []):
+        if kind in read.wanted.into:
             offset = tuple(s.start for s in read.common.slices(read.stored))
             into = read.wanted.into[kind]
             found.append(_Put(Box(offset, read.common.size), into[read.common.slices(read.wanted.box)]) if offset else
