@@ -43,7 +43,7 @@ def main() -> None:
     manifest = verify_set(args.set)
     print("| kind | compression | kept | pack MiB/s | read MiB/s |\n|---|---|---|---|---|")
     for kind in sorted(manifest.kinds):
-        arrays = {dataset_path(kind, name, whole(shape)): load_box(args.set, manifest, kind, name, whole(shape))
+        arrays = {dataset_path(kind, name, whole(shape)): load_box(args.set, manifest, name, whole(shape), [kind])[kind]
                   for name, shape in manifest.tensors.items()}
         datasets = [Dataset(path, array.shape, manifest.kinds[kind], (0,) * array.ndim)
                     for path, array in arrays.items()]

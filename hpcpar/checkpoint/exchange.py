@@ -64,7 +64,7 @@ def load_network(path: Path, job: Job) -> Transformer:
     manifest = verify_set(path)
     with torch.no_grad():
         for parameter in parameter_table(job.model):
-            values = load_box(path, manifest, WEIGHT, parameter.name, whole(parameter.shape))
+            values = load_box(path, manifest, parameter.name, whole(parameter.shape), [WEIGHT])[WEIGHT]
             network.get_parameter(parameter.name).copy_(torch.from_numpy(values))
     return network.eval()
 
@@ -116,7 +116,7 @@ def write_safetensors(folder: Path, path: Path, manifest: Manifest, tensors: lis
         with (folder / name).open("xb") as file:
             file.write(_header(held_here, dtype, size))
             for tensor in held_here:
-                joined = tensor.join([load_box(path, manifest, WEIGHT, ours, whole(shape))
+                joined = tensor.join([load_box(path, manifest, ours, whole(shape), [WEIGHT])[WEIGHT]
                                       for ours, shape in tensor.shapes.items()])
                 file.write(_cast(joined, dtype).reshape(-1).view(np.uint8).data)
             file.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +85,19 @@ def load_tensor(path: Path, name: str, kind: str = WEIGHT, verify: bool = True) 
     for word, known in ((name, manifest.tensors), (kind, manifest.kinds)):
         if word not in known:
             raise CheckpointError(f"{path}: has no {word}; {did_you_mean(word, known)}")
-    return load_box(path, manifest, kind, name, whole(manifest.tensors[name]), verify)
+    return load_box(path, manifest, name, whole(manifest.tensors[name]), [kind], verify)[kind]
 
 
-def load_box(path: Path, manifest: Manifest, kind: str, tensor: str, box: Box, verify: bool = False) -> Array:
-    """Return a part of a logical tensor of a set that the caller has verified. Raises: CheckpointError."""
-    dtype = manifest.dtype(kind, tensor)
-    array = np.zeros(box.size, "float32" if dtype == BFLOAT16 else dtype)
-    _fill(path, manifest, [Wanted(tensor, box, {kind: array})], verify)
-    return array
+def load_box(path: Path, manifest: Manifest, tensor: str, box: Box, kinds: Iterable[str],
+             verify: bool = False) -> dict[str, Array]:
+    """Return a part of a logical tensor, by kind (bfloat16: as float32). Raises: CheckpointError.
+
+    Without `verify` the caller has verified the set.
+    """
+    dtypes = {kind: manifest.dtype(kind, tensor) for kind in kinds}
+    arrays = {kind: np.zeros(box.size, "float32" if dtype == BFLOAT16 else dtype) for kind, dtype in dtypes.items()}
+    _fill(path, manifest, [Wanted(tensor, box, arrays)], verify)
+    return arrays
 
 
 def check_tensors(manifest: Manifest, layout: Layout, path: Path) -> None:

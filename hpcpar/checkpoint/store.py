@@ -29,6 +29,8 @@ from hpcpar.errors import UserError
 
 # stays in a core's cache between hashing and writing
 CHUNK_BYTES = 1 << 20
+# handed to the disk while the rest is still being written, so that the sync at the end finds little left
+PUSH_BYTES = 8 << 20
 # of a compressed dataset: what is read and unpacked for one element
 PACKED_BYTES = 4 << 20
 # HDF5 1.10 is the first with virtual datasets; a newer format would shut out the h5dump and HDFView of most clusters
@@ -186,14 +188,18 @@ def fill_file(path: Path, datasets: list[Dataset], arrays: Mapping[str, np.ndarr
     return _together(datasets, places)
 
 
-def checksum_file(path: Path) -> FileEntry:
-    """Return a file's size and checksum. Cost: reads it once, a MiB at a time. Raises: OSError."""
+def checksum_file(path: Path, note: Callable[[int], object] = lambda num_bytes: None) -> FileEntry:
+    """Return a file's size and checksum, telling `note` of the bytes. Cost: reads it once, a MiB at a time.
+
+    Raises: OSError.
+    """
     digest, size = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count
+            note(count)
     return FileEntry(path.name, size, digest.hexdigest())
 
 
@@ -216,7 +222,7 @@ def sync_folder(path: Path) -> None:
 def _write(path: Path, header: int, data: Mapping[int, memoryview]) -> FileEntry:
     """Write `header`'s bytes with `data` (by place) laid over its holes, from front to back."""
     end = os.fstat(header).st_size
-    digest, at, nothing = xxhash.xxh3_128(), 0, bytes(CHUNK_BYTES)
+    digest, at, pushed, nothing = xxhash.xxh3_128(), 0, 0, bytes(CHUNK_BYTES)
     with path.open("xb") as file:
         for place in [*sorted(data), end]:
             while at < place:
@@ -231,6 +237,9 @@ def _write(path: Path, header: int, data: Mapping[int, memoryview]) -> FileEntry
                 digest.update(piece)
                 file.write(piece)
                 at += len(piece)
+                if at - pushed >= PUSH_BYTES:
+                    os.posix_fadvise(file.fileno(), pushed, at - pushed, os.POSIX_FADV_DONTNEED)
+                    pushed = at
         file.truncate(at)  # where the last chunk was a hole
         _sync(file)
     return FileEntry(path.name, at, digest.hexdigest())

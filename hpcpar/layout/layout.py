@@ -49,6 +49,16 @@ class Layout:
         return self.mesh.dp_size if self.job.layout.zero else 1
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of weights and activations."""
+        return {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}[self.job.train.precision]
+
+    @property
+    def main_bytes(self) -> int:
+        """Bytes of an element of gradients, master weights and moments."""
+        return 8 if self.job.train.precision == "fp64" else 4
+
+    @property
     def tied_across_stages(self) -> bool:
         """Whether the first and the last stage both hold the embedding."""
         return self.job.model.tied and self.mesh.pp_size > 1
@@ -64,7 +74,17 @@ class Layout:
         return partial or tied or parameter.shared_by(self.mesh.tp_size) > 1
 
     def buckets(self, pp_rank: int, tp_rank: int) -> tuple[Bucket, ...]:
-        """Pack a (stage, tp rank)'s parameters; equal on all dp ranks."""
+        """Pack a (stage, tp rank)'s parameters; equal on all dp ranks, and kept: a save asks for every rank's."""
+        known = self._known_buckets
+        if (pp_rank, tp_rank) not in known:
+            known[pp_rank, tp_rank] = self._pack(pp_rank, tp_rank)
+        return known[pp_rank, tp_rank]
+
+    @cached_property
+    def _known_buckets(self) -> dict[tuple[int, int], tuple[Bucket, ...]]:
+        return {}
+
+    def _pack(self, pp_rank: int, tp_rank: int) -> tuple[Bucket, ...]:
         parameters = self.parameters(pp_rank)
         late = frozenset(p.name for p in parameters if self.is_late(p))
         limit = int(self.job.layout.bucket_mib * 2**20 / 4)

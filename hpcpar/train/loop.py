@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import numpy as np
@@ -24,11 +22,12 @@ from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.data.sampler import SampleOrder
-from hpcpar.errors import RunError, UserError
+from hpcpar.errors import RunError
 from hpcpar.layout.layout import Layout
 from hpcpar.parallel.build import build, initialise
 from hpcpar.parallel.pipeline import Microbatch
 from hpcpar.train.metrics import Metrics
+from hpcpar.train.resume import check_same, or_offer, saved_progress
 from hpcpar.train.saving import Saves
 from hpcpar.train.state import Progress
 from hpcpar.train.step import StepResult, Trainee, train_step
@@ -78,17 +77,16 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     found = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
     state = read_state(found) if found else None
     if state is not None:
-        _check_same(state, job, order, found)
+        check_same(state, job, order, found)
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device, note)
     progress = Progress(loss_scale=job.optim.loss_scale if job.train.precision == "fp16" else 1.0)
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
-        if state["data"] is not None:  # an imported set has seen none
-            progress = Progress(**state["progress"])
+        progress = saved_progress(state, job, progress)
         main = {"fp64": np.float64}.get(job.train.precision, np.float32)
-        stored = load_together(found, layout, world.control, main)
+        stored = or_offer(found, world.control, lambda: load_together(found, layout, world.control, main))
         for kind, shards in optimizer.shards().items():
             for shard, values in zip(shards, stored[kind], strict=True):
                 shard.copy_(torch.from_numpy(values))
@@ -104,24 +102,6 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     run.say(f"{'resumed ' + found.name if found else 'new run'} in {folder.path}: tp {layout.mesh.tp_size} x pp "
             f"{layout.mesh.pp_size} x dp {layout.mesh.dp_size} on {world.device.type}")
     return run
-
-
-def _check_same(state: dict[str, object], job: Job, order: SampleOrder, path: Path) -> None:
-    """Refuse to go on with another model or other data: the curve would break without a word."""
-    saved = state["job"]
-    assert isinstance(saved, dict)
-    for name, value in dataclasses.asdict(job.model).items():
-        if saved["model"].get(name) != value and name not in ("dropout", "init_std"):
-            raise UserError(f"model.{name}", f"is {value}, but {path} was saved with {saved['model'].get(name)}",
-                            "use the same model, or another --run folder")
-    if state["data"] is None:  # imported: any data, in any order
-        return
-    if saved["train"]["seed"] != job.train.seed:
-        raise UserError("train.seed", f"is {job.train.seed}, but {path} was saved with {saved['train']['seed']}",
-                        f"write seed = {saved['train']['seed']}, or use another --run folder")
-    if state["data"] != order.fingerprint:
-        raise UserError("data.store", f"is not the text (or weights, or tokenizer) that {path} was trained on",
-                        "use the same store, or another --run folder")
 
 
 def train(run: Run, note: Callable[..., None]) -> bool:
