@@ -59,7 +59,8 @@ def test_stop_and_resume_at_other_layouts_equals_an_uninterrupted_run(world, sto
     whole.create()
     world.control.barrier()
     assert run_once(world, make_job(store, layout={"tp": 2, "pp": 2}), whole)[0]
-    pieces = [({"tp": 2, "pp": 2}, 2), ({"tp": 1, "pp": 2, "zero": 0}, 4), ({"tp": 4, "pp": 1, "schedule": "gpipe"}, 6)]
+    pieces = [({"tp": 2, "pp": 2}, 2), ({"tp": 1, "pp": 2, "zero": 0, "schedule": "zbv", "chunks": 2}, 4),
+              ({"tp": 4, "pp": 2, "schedule": "interleaved", "chunks": 2}, 6)]
     for layout, steps in pieces:
         assert run_once(world, make_job(store, layout=layout, train={"steps": steps}), folder)[0]
     if world.rank == 0:
