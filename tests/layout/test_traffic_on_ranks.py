@@ -8,9 +8,9 @@ import pytest
 
 from hpcpar.comm import mpi_backend
 from hpcpar.comm.groups import open_groups
+from hpcpar.config.ramp import batch_size
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.traffic import Call, Traffic
-from hpcpar.optim.schedules import batch_size
 from hpcpar.parallel.build import build, initialise
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, train_step

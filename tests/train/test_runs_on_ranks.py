@@ -88,10 +88,10 @@ def test_bit_equal_resume_at_the_same_layout(world, store, folder):
 def test_a_stop_file_saves_and_stops(world, store, folder, monkeypatch):
     original = ShardedOptimizer.begin
 
-    def begin(self):
+    def begin(self, num_microbatches):
         if world.rank == 0:  # who has looked for the file already, in this step
             folder.stop.touch()
-        original(self)
+        original(self, num_microbatches)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardedOptimizer, "begin", begin)
