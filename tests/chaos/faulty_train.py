@@ -21,6 +21,7 @@ import torch
 from hpcpar import cli
 from hpcpar.checkpoint import save as saving
 from hpcpar.config.surroundings import Surroundings
+from hpcpar.parallel.buckets import FlatBucket
 from hpcpar.parallel.zero import ShardedOptimizer
 
 
@@ -45,7 +46,7 @@ SUDDEN: dict[str, Callable[[], None]] = {
 
 def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
     """Make the fault happen on this rank."""
-    begin, arm_reduction, taken = ShardedOptimizer.begin, ShardedOptimizer.arm, [0]
+    begin, reduce, taken = ShardedOptimizer.begin, ShardedOptimizer._reduce, [0]
 
     def note() -> None:
         mark.write_text(str(time.time()))
@@ -59,7 +60,7 @@ def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
         note()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
 
-    def faulty_begin(self: ShardedOptimizer) -> None:
+    def faulty_begin(self: ShardedOptimizer, num_microbatches: int) -> None:
         taken[0] += 1
         if fault == "slow":
             time.sleep(delay_s)
@@ -67,15 +68,15 @@ def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
             threading.Thread(target=strike, daemon=True).start()
         elif taken[0] == step and fault == "disk":
             saving.write_file = full  # type: ignore[assignment]
-        begin(self)
+        begin(self, num_microbatches)
 
-    def faulty_arm(self: ShardedOptimizer) -> None:
-        if fault == "nan" and taken[0] == step:
+    def faulty_reduce(self: ShardedOptimizer, flat: FlatBucket) -> None:
+        if fault == "nan" and taken[0] == step and flat is self.buckets[0]:
             note()
-            self.buckets[0].grads[0] = torch.nan
-        arm_reduction(self)
+            flat.grads[0] = torch.nan
+        reduce(self, flat)
 
-    ShardedOptimizer.begin, ShardedOptimizer.arm = faulty_begin, faulty_arm  # type: ignore[method-assign]
+    ShardedOptimizer.begin, ShardedOptimizer._reduce = faulty_begin, faulty_reduce  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

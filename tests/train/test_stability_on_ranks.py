@@ -142,9 +142,9 @@ def test_a_slow_rank_is_named_with_its_host(world, store, folder, monkeypatch): 
     """Every rank works 20 ms a step more, rank 5 25 ms; waiting for it does not count as the others' work."""
     original = ShardedOptimizer.begin
 
-    def begin(self):
+    def begin(self, num_microbatches):
         time.sleep(0.030 if world.rank == 5 else 0.020)
-        original(self)
+        original(self, num_microbatches)
 
     monkeypatch.setattr(ShardedOptimizer, "begin", begin)
     job = make_job(store, model={"layers": 1, "hidden": 8, "heads": 2, "dropout": 0.0}, train={"steps": 50},
