@@ -17,7 +17,7 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks parity-all bench clean
+.PHONY: help demo test check test-one test-ranks parity-all bench chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,10 @@ parity-all: $(TEST_READY)  ## the full product of parity jobs (hours); PARITY_SA
 
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py
+
+chaos: $(TEST_READY)  ## all hangs, then 200 seeds of faults at random moments on 8 ranks (hours; CHAOS="--seeds 0:16" for some)
+	HPCPAR_CHAOS=1 $(BIN)python -m pytest -q tests/chaos/test_hangs.py
+	$(BIN)python -m tests.chaos.campaign --out runs/chaos.jsonl $(CHAOS)
 
 clean:  ## remove the environment and what the demo made
 	rm -rf .venv runs stores
