@@ -34,7 +34,8 @@ def commands() -> list[Command]:
         ], overrides=True),
         Command("show", "print a job's layout, or a run's state, without starting ranks", _show, [
             ("job", {"help": "a job file or a run folder"}),
-            ("--schedule", {"action": "store_true", "help": "draw the pipeline's schedule"}),
+            ("--schedule", {"nargs": "?", "const": "own", "choices": ["own", "pipedream", "2bw"],
+                            "help": "draw the pipeline's schedule, or one that exists on paper only"}),
             ("--plot", {"action": "store_true", "help": "draw loss.png and timeline.png (run folder)"}),
         ], overrides=True),
         Command("generate", "print text from a run's newest checkpoint", _generate, [
@@ -103,7 +104,7 @@ def _rewind(folder: RunFolder, args: argparse.Namespace, world: World) -> None:
 def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     from hpcpar.layout.describe import describe
     from hpcpar.layout.layout import Layout
-    from hpcpar.layout.schedule import draw
+    from hpcpar.layout.schedule import draw, draw_stale
 
     path = Path(args.job)
     folder = RunFolder(path) if path.is_dir() else None
@@ -119,9 +120,11 @@ def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
         return 0
     print(to_toml(job))
     print(describe(layout))
-    if args.schedule:
-        num = job.train.global_batch // (layout.mesh.dp_size * job.train.microbatch)
-        print(f"\n{draw(job.layout.schedule, layout.mesh.pp_size, num)}")
+    num = layout.num_microbatches
+    if args.schedule == "own":
+        print(f"\n{draw(layout.schedule(num))}")
+    elif args.schedule:
+        print(f"\n{draw_stale(args.schedule, layout.mesh.pp_size, num)}")
     return 0
 
 

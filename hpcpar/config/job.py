@@ -44,8 +44,12 @@ class LayoutWish:
     dp: int | None = option(None, "data-parallel replicas; default: what is left of the world size", 1)
     cp: int = option(1, "context-parallel ranks", 1)
     ep: int = option(1, "expert-parallel ranks", 1)
-    chunks: int = option(1, "model chunks a rank (interleaving)", 1)
-    schedule: Literal["gpipe", "1f1b"] = option("1f1b", "order of a stage's forwards and backwards")
+    chunks: int = option(1, "model chunks a rank (interleaved, breadth-first, zbv, ...)", 1)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv", "dualpipev", "table",
+                      "pipedream", "2bw"] = option("1f1b", "order of a stage's forwards and backwards; table: your "
+                                                           "own; pipedream and 2bw on paper only (show --schedule)")
+    table: str | tuple[str, ...] = option((), "schedule = table: a file with a line a pipeline rank such as "
+                                              "0F0,0F1,0B0,0B1 (chunk, F B I or W, microbatch), or these lines")
     zero: Literal[0, 1] = option(1, "1: optimizer state is sharded over dp; 0: it is replicated")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "
@@ -144,8 +148,16 @@ class Submit:
     account: str = option("", "Slurm account")
     mpi: str = option("pmi2", "srun --mpi; pip's mpich wants pmi2")
     cpus_per_task: int = option(1, "cores a rank", 1)
-    exclude: tuple[str, ...] = option((), "hosts not to use")
+    exclude: tuple[str, ...] = option((), "nodes not to use")
     setup: tuple[str, ...] = option((), "shell lines before the run (modules, environment)")
+    constraint: str = option("", "features that a node must have (sbatch --constraint)")
+    gres: str = option("", "how the cluster calls its GPUs, such as gpu:a100; default: --gpus-per-node")
+    container: str = option("", "words before python3 on every rank, such as apptainer exec --nv IMAGE")
+    max_walltime_min: int | None = option(None, "longest time limit that the cluster gives; default: ask Slurm", 1)
+    stage_env: bool = option(False, "pack the Python environment once and unpack it on every node's own disk")
+    local_dir: str = option("/tmp", "a folder on every node's own disk (shell variables allowed)")
+    elastic: bool = option(False, "take fewer nodes where some are missing, at a smaller dp")
+    retries: int = option(3, "starts in a row that save nothing new before a failing run is given up", 0)
 
 
 @dataclass(frozen=True)

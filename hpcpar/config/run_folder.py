@@ -71,7 +71,14 @@ class RunFolder:
         """A rank's log."""
         return self.logs / f"rank-{global_rank:05d}.log"
 
+    @property
+    def submission(self) -> Path:
+        """What submission keeps: the job as submitted, frozen code, scripts, starts."""
+        return self.path / "submit"
+
     def create(self) -> None:
-        """Make the folder and its parts."""
-        for folder in (self.path, self.logs, self.checkpoints):
+        """Make the folder, which only its owner may enter, and its parts."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        for folder in (self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)

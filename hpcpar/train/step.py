@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from hpcpar.comm.groups import Groups
+from hpcpar.config.ramp import batch_size
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.dropout import draw_for
-from hpcpar.optim.schedules import batch_size, learning_rate
+from hpcpar.optim.schedules import learning_rate
 from hpcpar.parallel.pipeline import Microbatch, Pipeline, Played
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.stability import distrust, remember
@@ -63,20 +64,19 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     at = trainee.groups.at
     program = layout.program(at.pp_rank, num_microbatches)
 
-    trainee.optimizer.begin()
+    trainee.optimizer.begin(num_microbatches)
     played = trainee.pipeline.play(
         program,
         lambda m: read_microbatch(trainee, tokens, samples, m, progress),
         job.train.microbatch,
         factor * progress.loss_scale,
-        trainee.optimizer.arm,
     )
     trainee.pipeline.note("reduce")
     trainee.optimizer.finish_reduction()
 
     mine = torch.zeros(4, dtype=torch.float64, device=trainee.device)
     mine[0] = trainee.optimizer.norm_squared()
-    if at.pp_rank == layout.mesh.pp_size - 1 and at.tp_rank == 0:
+    if played.losses and at.tp_rank == 0:
         mine[1] = torch.stack(played.losses).sum() * factor
     mine[2], mine[3] = float(stop), float(writing)
     if trainee.groups.everyone is not None:

@@ -105,10 +105,10 @@ def test_a_stop_file_saves_and_stops(world, store, folder, monkeypatch):
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(world, store, folder, monkeypatch):
     original = ShardedOptimizer.begin
 
-    def begin(self):
+    def begin(self, num_microbatches):
         if world.rank == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
-        original(self)
+        original(self, num_microbatches)
 
     monkeypatch.setattr(ShardedOptimizer, "begin", begin)
     done, run = run_once(world, make_job(store, layout={"tp": 2}), folder)
@@ -119,15 +119,19 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(world, store, folder, m
 
 def poison(monkeypatch, world, rank, steps):
     """Put a NaN into one rank's gradients at some steps."""
-    original, taken = ShardedOptimizer.arm, [0]
+    begin, reduce, taken = ShardedOptimizer.begin, ShardedOptimizer._reduce, [0]
 
-    def arm(self):
+    def counted(self, num_microbatches):
         taken[0] += 1
-        if world.rank == rank and taken[0] in steps:
-            self.buckets[0].grads[0] = float("nan")
-        original(self)
+        begin(self, num_microbatches)
 
-    monkeypatch.setattr(ShardedOptimizer, "arm", arm)
+    def poisoned(self, flat):
+        if world.rank == rank and taken[0] in steps:
+            flat.grads[0] = float("nan")
+        reduce(self, flat)
+
+    monkeypatch.setattr(ShardedOptimizer, "begin", counted)
+    monkeypatch.setattr(ShardedOptimizer, "_reduce", poisoned)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp16"])
