@@ -31,7 +31,7 @@ def commands() -> list[Command]:
         ]),
         Command("stacks", "what every rank of a living run is doing, equal stacks together", _stacks, [run]),
         Command("doctor", "check this machine; under mpirun or srun, also the ranks and what lies between them",
-                _doctor, [("--node", {"action": "store_true", "help": "under mpirun or srun: measure all hosts instead, "
+                _doctor, [("--node", {"action": "store_true", "help": "under mpirun or srun: measure all hosts, "
                                                                       "and name those that fall behind"})]),
     ]
 
