@@ -20,6 +20,7 @@ import torch
 
 from hpcpar import cli
 from hpcpar.config.surroundings import Surroundings
+from hpcpar.parallel.buckets import FlatBucket
 from hpcpar.parallel.zero import ShardedOptimizer
 
 
@@ -56,7 +57,7 @@ SUDDEN: dict[str, Callable[[], None]] = {
 
 def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
     """Make the fault happen on this rank."""
-    begin, arm_reduction, taken = ShardedOptimizer.begin, ShardedOptimizer.arm, [0]
+    begin, reduce, taken = ShardedOptimizer.begin, ShardedOptimizer._reduce, [0]
 
     def note() -> None:
         mark.write_text(str(time.time()))
@@ -66,7 +67,7 @@ def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
         note()
         SUDDEN[fault]()
 
-    def faulty_begin(self: ShardedOptimizer) -> None:
+    def faulty_begin(self: ShardedOptimizer, *told: int) -> None:
         taken[0] += 1
         if fault == "slow":
             time.sleep(delay_s)
@@ -75,15 +76,15 @@ def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
         elif taken[0] == step and fault == "disk":
             note()
             fill_disk()
-        begin(self)
+        begin(self, *told)
 
-    def faulty_arm(self: ShardedOptimizer) -> None:
+    def faulty_reduce(self: ShardedOptimizer, flat: FlatBucket) -> None:
         if fault == "nan" and taken[0] == step:
             note()
-            self.buckets[0].grads[0] = torch.nan
-        arm_reduction(self)
+            flat.grads[0] = torch.nan
+        reduce(self, flat)
 
-    ShardedOptimizer.begin, ShardedOptimizer.arm = faulty_begin, faulty_arm  # type: ignore[method-assign]
+    ShardedOptimizer.begin, ShardedOptimizer._reduce = faulty_begin, faulty_reduce  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
