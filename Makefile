@@ -17,7 +17,7 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks parity-all chaos-checkpoint damage-checkpoint bench clean
+.PHONY: help demo test check test-one test-ranks test-openmpi parity-all chaos chaos-checkpoint damage-checkpoint bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +53,10 @@ damage-checkpoint: $(TEST_READY)  ## 1000 damages of a checkpoint set, each repo
 
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py
+
+chaos: $(TEST_READY)  ## all hangs, then 200 seeds of faults at random moments on 8 ranks (hours; CHAOS="--seeds 0:16" for some)
+	HPCPAR_CHAOS=1 $(BIN)python -m pytest -q tests/chaos/test_hangs.py
+	$(BIN)python -m tests.chaos.campaign --out runs/chaos.jsonl $(CHAOS)
 
 clean:  ## remove the environment and what the demo made
 	rm -rf .venv .venv-openmpi runs stores
