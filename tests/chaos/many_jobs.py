@@ -1,4 +1,4 @@
-"""Many jobs at once on one machine: each opens its ranks' groups and sums over them; no port clashes, none is asked for.
+"""Many jobs at once on one machine: each opens its ranks' groups and sums over them; no port is asked for, none clash.
 
     python -m tests.chaos.many_jobs 20      (make many-jobs; a sample is in the suite)
 """
@@ -42,8 +42,9 @@ def run_together(num_jobs: int, limit_s: float) -> float:
         try:
             for job in range(num_jobs):
                 with (place / f"log-{job}").open("w") as log:
-                    jobs.append(subprocess.Popen(["mpirun", "-n", str(RANKS), sys.executable, "-c", RANK, name, str(job)],
-                                                 stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+                    command = ["mpirun", "-n", str(RANKS), sys.executable, "-c", RANK, name, str(job)]
+                    jobs.append(subprocess.Popen(command, stdout=log, stderr=log,
+                                                 env={**os.environ, "OMP_NUM_THREADS": "1"}))
             end = time.monotonic() + limit_s
             while len(list(place.glob("ready-*"))) < num_jobs * RANKS:
                 assert time.monotonic() < end and not any(job.poll() for job in jobs), logs(place)
