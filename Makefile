@@ -17,7 +17,8 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks test-openmpi parity-all chaos chaos-checkpoint damage-checkpoint bench clean
+.PHONY: help demo test check test-one test-ranks test-openmpi test-slurm test-slurm-266 parity-all chaos \
+        chaos-checkpoint damage-checkpoint signals many-jobs bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -57,6 +58,18 @@ bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20
 chaos: $(TEST_READY)  ## all hangs, then 200 seeds of faults at random moments on 8 ranks (hours; CHAOS="--seeds 0:16" for some)
 	HPCPAR_CHAOS=1 $(BIN)python -m pytest -q tests/chaos/test_hangs.py
 	$(BIN)python -m tests.chaos.campaign --out runs/chaos.jsonl $(CHAOS)
+
+test-slurm: $(TEST_READY)  ## all tests on a real Slurm, real training among them (root; about 15 minutes)
+	$(BIN)python -m pytest -q -m slurm tests/slurm
+
+test-slurm-266: $(TEST_READY)  ## the Yuan job on 266 slurmd of this machine, and accepted at 1024 nodes (root, 8 GiB)
+	$(BIN)python -m tests.slurm.many_nodes
+
+signals: $(TEST_READY)  ## a signal to one of 4 ranks at a random moment, 200 seeds
+	$(BIN)mpirun -n 4 $(BIN)python -m tests.chaos.signals 200
+
+many-jobs: $(TEST_READY)  ## 20 jobs at once on this machine: no port clashes
+	$(BIN)python -m tests.chaos.many_jobs 20
 
 clean:  ## remove the environment and what the demo made
 	rm -rf .venv .venv-openmpi runs stores
