@@ -171,7 +171,7 @@ def import_folder(source: Path, run: RunFolder) -> str:
             progress = {"step": 0, "samples": 0, "updates": 0, "skips": 0, "loss_scale": 1.0, "finite_steps": 0}
             # no data yet: the run that goes on from here may bring any
             state = {"progress": progress, "job": dataclasses.asdict(job), "data": None, "imported": source.name}
-            kinds = dict.fromkeys((*MOMENTS, WEIGHT), "float32")
+            kinds = dict.fromkeys((WEIGHT, *MOMENTS), "float32")
             shapes = {p.name: p.shape for p in parameter_table(model)}
             complete(folder, Manifest(0, kinds, shapes, tuple(files), state))
     (run.path / "tokenizer").mkdir(exist_ok=True)
@@ -275,7 +275,7 @@ def _write_shard(path: Path, group: list[Foreign], where: Mapping[str, tuple[Any
             boxes.append(StoredBox(name, whole(values.shape)))
             arrays[dataset_path(WEIGHT, name, boxes[-1].box)] = values
     datasets = [Dataset(dataset_path(kind, name, box), box.size, "float32", box.offset)
-                for kind in (*MOMENTS, WEIGHT) for name, box in boxes]
+                for kind in (WEIGHT, *MOMENTS) for name, box in boxes]
     entry = write_file(path, datasets, arrays)  # the moments have no arrays: holes in the file, zeros to a reader
     return dataclasses.replace(entry, ranks=(0,), boxes=tuple(boxes))
 

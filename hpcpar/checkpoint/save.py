@@ -22,6 +22,7 @@ import numpy as np
 from hpcpar.checkpoint.format import (
     INDEX,
     MANIFEST,
+    WEIGHT,
     FileEntry,
     Manifest,
     StoredBox,
@@ -253,7 +254,8 @@ def _write_own(folder: Path, saving: Saving, global_rank: int, shards: Shards,
                turn: int) -> tuple[FileEntry | None, dict[str, str]]:
     """Write this rank's boxes if it is its turn; return the file's entry if this rank was the last to write it."""
     layout, ranks_per_file = saving.layout, saving.ranks_per_file
-    kinds = {kind: str(buckets[0].dtype) for kind, buckets in sorted(shards.items())}
+    order = sorted(shards, key=lambda kind: (kind != WEIGHT, kind))  # the same on all ranks: it places values in a file
+    kinds = {kind: str(shards[kind][0].dtype) for kind in order}
     number, place = divmod(global_rank, ranks_per_file)
     if place != turn:
         return None, kinds
