@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcpar.config.job import Model, required
+from hpcpar.nn.linear import Linear
 
 Exchange = Callable[[Tensor], Tensor]
 
@@ -44,10 +45,10 @@ class Attention(nn.Module):
         kv_width = model.hidden // model.heads * required(model.kv_heads)
         biased = model.kind == "gpt"
         self.head_dim = model.hidden // model.heads
-        self.q = nn.Linear(model.hidden, model.hidden, bias=biased)
-        self.k = nn.Linear(model.hidden, kv_width, bias=biased)
-        self.v = nn.Linear(model.hidden, kv_width, bias=biased)
-        self.out = nn.Linear(model.hidden, model.hidden, bias=biased)
+        self.q = Linear(model.hidden, model.hidden, bias=biased)
+        self.k = Linear(model.hidden, kv_width, bias=biased)
+        self.v = Linear(model.hidden, kv_width, bias=biased)
+        self.out = Linear(model.hidden, model.hidden, bias=biased)
         self.enter: Exchange = identity
         self.leave: Exchange = identity
         self.compute: Callable[[Tensor, Tensor | None], Tensor] = self.attend
@@ -65,4 +66,4 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary[:, :seq]), rotate(k, rotary[:, :seq])
         grouped = k.shape[1] != q.shape[1]
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return F.linear(heads.transpose(1, 2).reshape(batch, seq, -1), self.out.weight)
+        return self.out.without_bias(heads.transpose(1, 2).reshape(batch, seq, -1))

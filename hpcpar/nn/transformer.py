@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcpar.config.job import Model, required
 from hpcpar.nn.attention import Attention, Exchange, identity, rotary_table
 from hpcpar.nn.dropout import Draw, dropout
+from hpcpar.nn.linear import Linear, Vocabulary
 
 
 def make_norm(model: Model) -> nn.Module:
@@ -31,9 +31,9 @@ class MLP(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         ffn, biased = required(model.ffn), model.kind == "gpt"
-        self.gate = None if biased else nn.Linear(model.hidden, ffn, bias=False)
-        self.up = nn.Linear(model.hidden, ffn, bias=biased)
-        self.down = nn.Linear(ffn, model.hidden, bias=biased)
+        self.gate = None if biased else Linear(model.hidden, ffn, bias=False)
+        self.up = Linear(model.hidden, ffn, bias=biased)
+        self.down = Linear(ffn, model.hidden, bias=biased)
         self.enter: Exchange = identity
         self.leave: Exchange = identity
         self.compute: Exchange = self.transform
@@ -46,7 +46,7 @@ class MLP(nn.Module):
     def transform(self, x: Tensor) -> Tensor:
         """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
         inner = F.gelu(self.up(x), approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return F.linear(inner, self.down.weight)
+        return self.down.without_bias(inner)
 
 
 class Block(nn.Module):
@@ -67,30 +67,27 @@ class Block(nn.Module):
         return x + dropout(self.mlp(self.mlp_norm(x)), self.drop, draw, f"{self.name}.mlp")
 
 
+def look_up(table: Vocabulary, tokens: Tensor) -> Tensor:
+    """Map tokens [batch, seq] to their rows [batch, seq, hidden]."""
+    return table.rows(tokens, table.weight)
+
+
 class Embedding(nn.Module):
     """Token embedding, and learned positions where the family has them."""
 
     def __init__(self, model: Model, with_position: bool):
         super().__init__()
-        self.token = nn.Embedding(model.vocab, model.hidden)
+        self.token = Vocabulary(model.vocab, model.hidden)
         self.position = nn.Embedding(model.seq, model.hidden) if with_position else None
-        self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding  # (tokens, weight) -> [batch, seq(/tp), hidden]
+        self.lookup: Callable[[Vocabulary, Tensor], Tensor] = look_up
         self.first_position = 0  # of this rank's tokens, under sequence parallelism
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens [batch, seq] to [batch, seq(/tp), hidden]."""
-        x = self.lookup(tokens, self.token.weight)
+        x = self.lookup(self.token, tokens)
         if self.position is None:
             return x
         return x + self.position.weight[self.first_position:self.first_position + x.shape[1]]
-
-
-class Head(nn.Module):
-    """The output matrix of an untied model."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(model.vocab, model.hidden))
 
 
 class Transformer(nn.Module):
@@ -108,7 +105,7 @@ class Transformer(nn.Module):
         if last:
             self.final_norm = make_norm(model)
         if last and not model.tied:
-            self.head = Head(model)
+            self.head = Vocabulary(model.vocab, model.hidden)
         self.first, self.last = first, last
         self.enter_head: Exchange = identity
         self.vocab_rows = model.vocab  # rows of the local output matrix that are not padding
@@ -130,8 +127,8 @@ class Transformer(nn.Module):
             x = self.run_block(block, x, rotary, draw)
         if not self.last:
             return x
-        weight = self.embedding.token.weight if self.model.tied else self.head.weight
-        logits = F.linear(self.enter_head(self.final_norm(x)), weight)[..., :self.vocab_rows]
+        scores = self.embedding.token if self.model.tied else self.head
+        logits = scores.score(self.enter_head(self.final_norm(x)))[..., :self.vocab_rows]
         return logits if targets is None else self.token_loss(logits, targets)
 
     def blocks(self) -> list[Block]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -15,6 +14,7 @@ from hpcpar.comm.collectives import copy_to, gather_flat, gather_sequence, reduc
 from hpcpar.comm.groups import Group
 from hpcpar.layout.boxes import shard_units
 from hpcpar.layout.layout import Layout
+from hpcpar.nn.linear import Vocabulary
 from hpcpar.nn.transformer import Transformer
 
 
@@ -33,7 +33,7 @@ def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, t
             part.enter, part.leave = enter, leave
     first_row, rows = shard_units(stage.model.vocab, tp_size, tp_rank)
     if stage.first:
-        stage.embedding.lookup = lambda tokens, weight: leave(local_embedding(tokens, weight, first_row, rows))
+        stage.embedding.lookup = lambda table, tokens: leave(look_up_local(table, tokens, first_row, rows))
         if sequence:
             stage.embedding.first_position = stage.model.seq // tp_size * tp_rank
     if stage.last:
@@ -42,11 +42,11 @@ def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, t
         stage.token_loss = partial(vocabulary_parallel_loss, group=group, first_row=first_row)
 
 
-def local_embedding(tokens: Tensor, weight: Tensor, first_row: int, rows: int) -> Tensor:
+def look_up_local(table: Vocabulary, tokens: Tensor, first_row: int, rows: int) -> Tensor:
     """Look up the tokens [batch, seq] whose rows lie here; the others are zero: a partial sum over tp."""
     local = tokens - first_row
     here = (local >= 0) & (local < rows)
-    return F.embedding(local * here, weight) * here[..., None].to(weight.dtype)
+    return table.rows(local * here, table.weight) * here[..., None].to(table.weight.dtype)
 
 
 class _VocabularyParallelLoss(Function):

@@ -19,9 +19,11 @@ from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat
 from hpcpar.comm.groups import Groups
 from hpcpar.layout.buckets import Piece, Slot
 from hpcpar.layout.layout import Layout
+from hpcpar.nn.linear import Linear, Vocabulary
 from hpcpar.nn.transformer import Transformer
 from hpcpar.optim.adamw import AdamW, Run
 from hpcpar.parallel.buckets import KINDS, FlatBucket
+from hpcpar.parallel.gradients import Sink
 
 
 class ShardedOptimizer:
@@ -37,24 +39,26 @@ class ShardedOptimizer:
         self._pending: list[int] = []
         self._armed = False
         self._works: list[dist.Work] = []
+        self._uses: list[int] = []  # by bucket: contributions that a microbatch brings
+        self._sinks: list[Sink] = []
+        self._summed: list[Tensor] = []  # gradients that autograd adds up: they start from zero
         for number, flat in enumerate(self.buckets):
-            for slot in flat.bucket.slots:
-                self._bind(stage, number, slot)
+            self._uses.append(sum(self._bind(stage, number, slot) for slot in flat.bucket.slots))
         self._adamw = AdamW([run for flat in self.buckets for run in _runs(flat)], layout.job.optim)
 
-    def _bind(self, stage: Transformer, number: int, slot: Slot) -> None:
-        """Make a module's parameter a view of its bucket, and let its gradient be gathered there."""
+    def _bind(self, stage: Transformer, number: int, slot: Slot) -> int:
+        """Make a module's parameter a view of its bucket, and let its gradient be gathered there.
+
+        Returns how many contributions a microbatch brings.
+        """
         flat = self.buckets[number]
         path, _, leaf = slot.parameter.name.rpartition(".")
-        parameter = nn.Parameter(flat.part(flat.weights, slot))
-        setattr(stage.get_submodule(path), leaf, parameter)
-        main = flat.part(flat.grads, slot)
-        direct = main.dtype == parameter.dtype
-        if direct:
-            parameter.grad = main  # autograd adds into it in place
+        module = stage.get_submodule(path)
+        parameter, main = nn.Parameter(flat.part(flat.weights, slot)), flat.part(flat.grads, slot)
+        setattr(module, leaf, parameter)
 
-        def accumulated(p: Tensor) -> None:
-            if not direct:
+        def added(p: Tensor | None = None) -> None:
+            if p is not None and p.grad is not main:  # of another dtype
                 assert p.grad is not None
                 main.add_(p.grad)
                 p.grad = None
@@ -63,14 +67,27 @@ class ShardedOptimizer:
                 if self._pending[number] == 0 and not flat.bucket.late:
                     self._reduce(flat)
 
-        parameter.register_post_accumulate_grad_hook(accumulated)
+        # the compiler cannot see through a product that writes where it was not told to
+        if leaf == "weight" and isinstance(module, Linear | Vocabulary) and not self.layout.job.train.compile:
+            sink = Sink(main, added)
+            module.product = sink.product
+            if isinstance(module, Vocabulary):
+                module.rows = sink.rows
+            self._sinks.append(sink)
+            return 2 if slot.parameter.is_vocabulary and stage.first and stage.last and stage.model.tied else 1
+        if main.dtype == parameter.dtype:
+            parameter.grad = main  # autograd adds into it in place
+        parameter.register_post_accumulate_grad_hook(added)
+        self._summed.append(main)
+        return 1
 
     def begin(self) -> None:
         """Forget the last step's gradients."""
         self._armed = False
-        self._pending = [len(flat.bucket.slots) for flat in self.buckets]
-        for flat in self.buckets:
-            flat.grads.zero_()
+        self._pending = list(self._uses)
+        for sink in self._sinks:
+            sink.empty = True
+        torch._foreach_zero_(self._summed)
 
     def arm(self) -> None:
         """Say that the next backward is the step's last: a bucket is reduced when its last gradient is there."""
