@@ -62,7 +62,7 @@ def narayanan_parameters(layers: int, hidden: int, seq: int, vocab: int) -> floa
 
 
 def narayanan_flops(layers: int, hidden: int, seq: int, vocab: int, batch: int, recompute: bool = True) -> float:
-    """Return a step's FLOPs: 96Bslh^2 (1 + s/6h + V/16lh) with full recomputation, 72Bslh^2 (1 + s/6h + V/12lh) without.
+    """Return a step's FLOPs: 96Bslh^2 (1 + s/6h + V/16lh) with full recomputation, else 72Bslh^2 (1 + s/6h + V/12lh).
 
     The logits are never recomputed. Source: Narayanan et al. 2021, arXiv 2104.04473, equation 3.
     """

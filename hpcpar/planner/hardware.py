@@ -131,7 +131,7 @@ class InsideLink(Link):
     devices: int = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, because prices are remembered by machine
 class Machine:
     """All that the planner knows of a cluster; `name` is the word or path by which it was asked for."""
 

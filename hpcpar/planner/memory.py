@@ -11,7 +11,6 @@ import dataclasses
 from dataclasses import dataclass
 
 from hpcpar.config.job import Job, Model, required
-from hpcpar.layout.layout import Layout
 from hpcpar.planner.params import rank_counts
 from hpcpar.planner.practice import TRAINER, Practice
 
@@ -55,7 +54,8 @@ def state_memory(numel: int, num_shards: int, zero: int, precision: str, practic
     owned = numel / (num_shards if zero else 1)
     return Memory(
         weights=element * (owned if zero == 3 else numel),
-        gradients=(practice.grad_bytes if mixed else main) * (owned if zero >= 2 else numel),
+        gradients=(practice.grad_bytes if mixed else main) * (owned if zero >= 2 else numel)
+        + (main * owned if practice.copies_owned_grads else 0),
         master=main * owned if mixed else 0.0,
         moments=2 * main * owned,
     )
@@ -73,6 +73,9 @@ def layer_activation_bytes(model: Model, tp: int, sequence_parallel: bool, micro
     gathered = 1 if practice.keeps_gathered or not sequence_parallel else tp
     attention = (2 + 2 * kv) / tp
     scores = 0.0 if practice.flash else model.heads * model.seq / hidden / tp
+    if recompute == "selective" and practice.keeps_half_the_products:
+        products = 2 + 2 * kv + 1 + required(model.ffn) / hidden * (1 if model.kind == "gpt" else 2)
+        return element * tokens * hidden * (1 / shard + (1 + products / 2) / tp)
     if recompute == "selective":
         attention, scores = (0.0 if practice.recomputes_projections else attention), 0.0
     kept = element * (2 / shard + 2 / gathered + attention + inside / tp)
@@ -106,27 +109,17 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
 
     full_width = element * train.microbatch * seq_cut.seq * model.hidden
     message = full_width / (wish.tp if sequence_parallel else 1)
+    logits = logits_bytes(seq_cut, wish.tp, train.microbatch, practice) if last else 0.0
     activations = in_flight * num_layers * layer(wish.recompute)
-    if wish.recompute != "none":
-        activations += layer("none") - layer(wish.recompute)
+    # a layer's recomputation comes when the logits are gone: the larger of the two counts
+    activations += max(0.0, layer("none") - layer(wish.recompute) - logits)
     if last:
         activations += message + full_width  # the final norm's input, and the head's
     else:
         activations += in_flight * message  # a stage's output lives until its gradient is back
     buffers = 4 * full_width if wish.tp > 1 else 2 * full_width
-    buffers += 2 * message if wish.pp > 1 else 0
+    buffers += practice.bucket_bytes + (2 * message if wish.pp > 1 else 0)
     if wish.zero == 3:  # two layers' gathered weights, one layer's gradient before its reduction
         buffers += rank_counts(model, wish.tp).layer * (2 * element + practice.grad_bytes)
-    logits = logits_bytes(seq_cut, wish.tp, train.microbatch, practice) if last else 0.0
     return dataclasses.replace(states, activations=activations, buffers=buffers, logits=logits,
                                fragmentation=FRAGMENTATION * (activations + buffers + logits))
-
-
-def layout_memory(layout: Layout, in_flight: list[float], practice: Practice = TRAINER) -> list[Memory]:
-    """Return every stage's memory (tp and dp ranks of a stage hold equally much), from the layout's own buckets."""
-    last = layout.mesh.pp_size - 1
-    return [
-        stage_memory(layout.job, len(layers), sum(b.numel for b in layout.buckets(stage, 0)), in_flight[stage],
-                     stage == 0, stage == last, practice)
-        for stage, layers in enumerate(layout.stages)
-    ]
