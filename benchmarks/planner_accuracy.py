@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.published import Row, layer_rows, rows  # noqa: E402
-from hpcpar.planner.compute import layer_time  # noqa: E402
-from hpcpar.planner.hardware import Machine, load_machine  # noqa: E402
-from hpcpar.planner.step import Pricing  # noqa: E402
+from benchmarks.published import Row, layer_rows, rows
+from hpcpar.planner.compute import layer_time
+from hpcpar.planner.hardware import Machine, load_machine
+from hpcpar.planner.step import Pricing
 
 MEGATRON_PAPERS = ("megatron21", "korthikanti22", "mtnlg22")
 WHY = {
@@ -98,11 +98,12 @@ def print_layers() -> None:
     """Print one layer's times beside the published ones."""
     from benchmarks.published import MEGATRON_2022
 
-    print("\n| one layer (22B, tp 8, microbatch 4) | forward ms | foretold | backward ms | foretold |\n|---|---|---|---|---|")
+    print("\n| one layer (22B, tp 8, microbatch 4) | forward ms | foretold | backward ms | foretold |")
+    print("|---|---|---|---|---|")
     for row in layer_rows():
         time = layer_time(row.cut, load_machine("a100-80g"), MEGATRON_2022, row.recompute)
-        backward = 1e3 * (time.backward.total + time.again.total)
-        print(f"| {row.name} | {row.forward_ms} | {1e3 * time.forward.total:.1f} | {row.backward_ms} | {backward:.1f} |")
+        forward, backward = 1e3 * time.forward.total, 1e3 * (time.backward.total + time.again.total)
+        print(f"| {row.name} | {row.forward_ms} | {forward:.1f} | {row.backward_ms} | {backward:.1f} |")
 
 
 # ---- calibration: the constants that --fit and --leave-one-out may change, by machine
@@ -126,9 +127,9 @@ def short_name(machine: Machine) -> str:
 
 
 def with_values(machine: Machine, values: Values) -> Machine:
-    """Return a machine with some constants replaced; a variant takes those of its base that are not its own."""
+    """Return a machine with some constants replaced; a variant takes from its base what was not chosen for itself."""
     name = short_name(machine)
-    own = {field for owner, field in CONSTANTS if owner == name}
+    own = {field for owner, field in values if owner == name}
     for (owner, dotted), value in values.items():
         if owner == name or (owner == RELATED.get(name) and dotted not in own):
             part, field = dotted.split(".")
@@ -167,12 +168,17 @@ def fitted(chosen: list[Row]) -> Values:
     return values
 
 
+def _of(machines: dict[Machine, Machine]) -> Machines:
+    return lambda row: machines[row.machine]
+
+
 def print_leave_one_out(chosen: list[Row]) -> None:
     """Calibrate without each source, and print the error on it."""
     print("\n| source left out of the calibration | rows | median abs error |\n|---|---|---|")
     for source in by_source([(row, 0.0) for row in chosen]):
         values = fitted([row for row in chosen if row.source_id != source])
-        found = errors([row for row in chosen if row.source_id == source], lambda row: with_values(row.machine, values))
+        machines = {row.machine: with_values(row.machine, values) for row in chosen}
+        found = errors([row for row in chosen if row.source_id == source], _of(machines))
         print(f"| {source} | {len(found)} | {median_of(e for _, e in found):.1%} |", flush=True)
 
 

@@ -79,7 +79,7 @@ class Row:
 
 def rows() -> Iterator[Row]:
     """Yield the rows in 16 bits; the planner does not price FP8."""
-    with open(HERE / "published.csv", encoding="utf-8") as file:
+    with (HERE / "published.csv").open(encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line["precision"] in ("bf16", "fp16", "bf16-pure"):
                 yield _row(line)
@@ -127,7 +127,7 @@ class LayerRow:
 
 def layer_rows() -> Iterator[LayerRow]:
     """Yield the layer times (A100 80GB, Megatron-LM of 2022)."""
-    with open(HERE / "published_layers.csv", encoding="utf-8") as file:
+    with (HERE / "published_layers.csv").open(encoding="utf-8") as file:
         for line in csv.DictReader(file):
             heads, hidden = int(line["heads"]), int(line["hidden"])
             model = Model(layers=int(line["layers"]), hidden=hidden, heads=heads, kv_heads=heads, ffn=4 * hidden,

@@ -12,7 +12,6 @@ from hpcpar.planner.kernels import fused_attention_s, moved_s, product_s
 from hpcpar.planner.network import gather_s, ring
 from hpcpar.planner.practice import Practice
 
-
 BLOCKED_LAUNCH_S = 36e-6  # of a kernel that the host waits for: its end, the next operation in Python, its launch
 
 
@@ -130,28 +129,25 @@ class _Rank:
         return (2 if backward else 1) * (scores + sums) + self.moved(passes / 2 * scores_bytes, 2)
 
 
-def _elementwise(rank: _Rank, backward: bool) -> tuple[float, float]:
-    """Return (attention half, MLP half) of what only moves memory: norms, residuals, biases, activation, rotation.
+def _elementwise(rank: _Rank, backward: bool) -> float:
+    """Return the seconds of what only moves memory: norms, residuals, biases, activation, rotation.
 
-    Counted in passes (a read or a write) over a tensor as wide as `hidden`.
+    Counted in passes (a read or a write) over a tensor as wide as `hidden`: (forward, backward) pairs below.
     """
     cut, practice, model = rank.cut, rank.practice, rank.cut.model
     gpt, fused = model.kind == "gpt", practice.fused
-    ffn = required(model.ffn) / model.hidden
-    norm = (3 if backward else 2) * (5 if practice.plain_norms else 1)
-    residual = 3 if fused or not gpt else 5
-    mask = 0.5 + backward * 2 if practice.dropout else 0.0
-    bias = (1 + 3 / cut.tp) if gpt and backward else 0.0
+    ffn, kv = required(model.ffn) / model.hidden, required(model.kv_heads) / model.heads
+    norm = (2, 3)[backward] * (5 if practice.plain_norms else 1)
+    residual = 3 if fused or not gpt else 5  # with the bias before it
+    mask = (0.5, 2.5)[backward] if practice.dropout else 0.0
+    outside = 2 * (norm + residual + mask) / rank.shard
     if gpt:
-        activation = (3 if backward else 2) * ffn
+        inside = ((2, 3)[backward] * ffn + 2) / cut.tp
+        inside += (2 + (3 + ffn) / cut.tp) * backward  # gradients of biases
     else:
-        activation = ((5 if fused else 9) if backward else (3 if fused else 5)) * ffn
-    rotation = 0.0 if gpt else (1 + required(model.kv_heads) / model.heads) * (2 if fused else 9)
-    outside = (norm + residual + mask) / rank.shard
-    attention = rank.moved(rank.wide * (outside + bias + (rotation + 2) / cut.tp), 3 if fused else 12 if not gpt else 6)
-    mlp = rank.moved(rank.wide * (outside + bias + (activation + ffn * (gpt and backward)) / cut.tp),
-                     3 if fused else 5)
-    return attention, mlp
+        activation = ((3, 5) if fused else (5, 9))[backward] * ffn
+        inside = (activation + (1 + kv) * (2 if fused else 9) + 2) / cut.tp
+    return rank.moved(rank.wide * (outside + inside), 6 if fused else 11 if gpt else 17)
 
 
 @lru_cache(maxsize=4096)
@@ -162,11 +158,10 @@ def layer_time(cut: Cut, machine: Machine, practice: Practice, recompute: str) -
     forward_matmul = [rank.product(n, k) for n, k in shapes]
     backward_matmul = sum(rank.linear_backward(n, k) for n, k in shapes)
     core, core_back = rank.core(False), rank.core(True)
-    attention_moves, mlp_moves = _elementwise(rank, False)
     exchange = rank.exchange()
     context = _context_s(cut, machine)
-    forward = Seconds(sum(forward_matmul), core, attention_moves + mlp_moves, 4 * exchange, context)
-    backward = Seconds(backward_matmul, core_back, sum(_elementwise(rank, True)), 4 * exchange, 2 * context)
+    forward = Seconds(sum(forward_matmul), core, _elementwise(rank, False), 4 * exchange, context)
+    backward = Seconds(backward_matmul, core_back, _elementwise(rank, True), 4 * exchange, 2 * context)
     if cut.sequence_parallel and cut.tp > 1 and not practice.keeps_gathered:
         backward = backward._replace(tensor=6 * exchange)  # inputs gathered again for the weights' gradients
     if practice.overlaps_tensor:

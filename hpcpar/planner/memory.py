@@ -117,7 +117,7 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
         activations += message + full_width  # the final norm's input, and the head's
     else:
         activations += in_flight * message  # a stage's output lives until its gradient is back
-    buffers = 4 * full_width if wish.tp > 1 else 2 * full_width
+    buffers = (4.0 if wish.tp > 1 else 2.0) * full_width
     buffers += practice.bucket_bytes + (2 * message if wish.pp > 1 else 0)
     if wish.zero == 3:  # two layers' gathered weights, one layer's gradient before its reduction
         buffers += rank_counts(model, wish.tp).layer * (2 * element + practice.grad_bytes)

@@ -26,7 +26,7 @@ def ring(machine: Machine, size: int, stride: int) -> Ring:
 
 
 def gather_s(machine: Machine, group: Ring, num_bytes: float) -> float:
-    """Return the seconds of an all-gather or reduce-scatter of a tensor of `num_bytes` in all: (n-1)(alpha + N/(n beta)).
+    """Return the seconds of an all-gather or reduce-scatter of `num_bytes` in all: (n-1)(alpha + N/(n beta)).
 
     A ring across nodes is as fast as the adapters of its members on one node together, and no faster than inside.
     """

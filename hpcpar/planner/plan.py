@@ -96,6 +96,12 @@ class Plan:
         """Full steps' worth of samples in the run."""
         return self.run.tokens / (self.job.train.global_batch * self.job.model.seq)
 
+    def pf_days(self) -> tuple[float, float]:
+        """Return (6PT, and 8PT where the forward is recomputed in full): the accountings that publications use."""
+        full = self.job.layout.recompute == "full"
+        return (flops.pf_days(flops.train_flops(self.params, self.run.tokens)),
+                flops.pf_days(flops.train_flops(self.params, self.run.tokens, recompute=full)))
+
     def as_json(self) -> dict[str, Any]:
         """Return the numbers by the names that scripts rely on; seconds, bytes, FLOP."""
         tokens = self.job.train.global_batch * self.job.model.seq
@@ -106,16 +112,32 @@ class Plan:
             "tflops_per_gpu": self.model_flops / self.time.total / self.job.world_size / 1e12,
             "mfu": self.mfu, "hfu": self.hfu, "bubble": self.time.bubble,
             "memory_bytes": self.memory[self.fullest].total, "memory_by_stage": [m.total for m in self.memory],
-            "fits": self.fits, "pf_days_model": flops.pf_days(self.model_flops * self.steps),
-            "pf_days_hardware": flops.pf_days(self.hardware_flops * self.steps), "days": run.days,
+            "fits": self.fits, "pf_days_model": self.pf_days()[0], "pf_days_hardware": self.pf_days()[1],
+            "days": run.days,
             "gpu_hours": run.days * 24 * self.job.world_size, "parts": self.time.parts,
         }
 
 
 def make_plan(job: Job, machine: Machine | None = None, practice: Practice = TRAINER, mtbf_s: float | None = None,
-              restart_s: float = RESTART_S) -> Plan:
-    """Foretell a resolved job. Cost: about a tenth of a second for hundreds of stages."""
+              restart_s: float = RESTART_S, exact: bool = True) -> Plan:
+    """Foretell a resolved job; `exact` takes states from the buckets themselves, padding included.
+
+    Cost: about a tenth of a second for hundreds of stages.
+    """
     pricing = Pricing(job, machine or load_machine(job.machine.gpu), practice)
-    layout = Layout(job)
-    numel = [sum(bucket.numel for bucket in layout.buckets(rank, 0)) for rank in range(job.layout.pp)]
+    numel = bucket_lengths(Layout(job)) if exact else None
     return Plan(pricing, pricing.step(), pricing.memory(numel), mtbf_s, restart_s)
+
+
+def bucket_lengths(layout: Layout) -> list[int]:
+    """Return how many elements the buckets of each pipeline rank hold; ranks with like chunks are counted once."""
+    last = len(layout.chunks) - 1
+    known: dict[tuple[int, bool, bool], int] = {}
+    lengths = []
+    for rank, layers in enumerate(layout.stages):
+        mine = layout.chunks_of(rank)
+        key = len(layers), 0 in mine, last in mine
+        if key not in known:
+            known[key] = sum(bucket.numel for bucket in layout.buckets(rank, 0))
+        lengths.append(known[key])
+    return lengths

@@ -7,6 +7,7 @@ import dataclasses
 from hpcpar.config.job import required
 from hpcpar.planner import flops
 from hpcpar.planner.plan import Plan
+from hpcpar.planner.search import remedies
 from hpcpar.units import format_bytes, format_count, format_seconds
 
 PARTS = {
@@ -63,6 +64,8 @@ def _memory(plan: Plan) -> list[str]:
     word = "spare" if plan.fits else "missing"
     lines.append(f"  {verdict}: {format_bytes(abs(plan.spare_bytes))} {word} of {format_bytes(usable)} that a "
                  f"{plan.machine.name} has for tensors (fullest: stage {full})")
+    if not plan.fits:
+        lines += [f"  would fit: {text}" for text in remedies(plan)] or ["  no single change makes it fit"]
     if plan.memory[full].total > 0.95 * usable and plan.fits:
         lines.append("  tight: less than 5% spare, and the allocator's own waste varies by as much")
     return lines
@@ -77,6 +80,10 @@ def _time(plan: Plan) -> list[str]:
             hidden = time.hidden.get(name, 0.0)
             beside = f"  (and {format_seconds(hidden)} hidden behind backward)" if hidden > 0.001 * time.total else ""
             lines.append(f"  {PARTS[name]:<36} {format_seconds(seconds):>10} {seconds / time.total:>6.1%}{beside}")
+    if job.checkpoint.every:
+        stall = plan.run.goodput.stall_s / job.checkpoint.every
+        lines.append(f"  {'besides: checkpoint stall, averaged':<36} {format_seconds(stall):>10} "
+                     f"{stall / time.total:>6.1%}")
     m = plan.pricing.num_microbatches
     ideal = (job.layout.pp - 1) / (job.layout.chunks * m)
     lines += [
@@ -91,13 +98,14 @@ def _time(plan: Plan) -> list[str]:
 
 def _run(plan: Plan, efficiency: float | None) -> list[str]:
     job, run, kept = plan.job, plan.run, plan.run.goodput
-    with_recompute = 8 if job.layout.recompute == "full" else 6
-    model_days = flops.pf_days(flops.train_flops(plan.params, run.tokens))
-    hardware_days = flops.pf_days(flops.train_flops(plan.params, run.tokens, recompute=True))
+    model_days, hardware_days = plan.pf_days()
+    factor = round(6 * hardware_days / model_days)
+    exact = [flops.pf_days(f * plan.steps) for f in (plan.model_flops, plan.hardware_flops)]
     lines = [
         f"run          {job.train.steps:,} steps, {format_count(run.tokens)} tokens",
-        f"  PF-days    6PT = {model_days:,.0f} (model), 8PT = {hardware_days:,.0f} (recomputed forward counted); exactly "
-        f"{flops.pf_days(plan.model_flops * plan.steps):,.0f} and {flops.pf_days(plan.hardware_flops * plan.steps):,.0f}",
+        f"  PF-days    6PT = {model_days:,.0f} (model), {factor}PT = {hardware_days:,.0f} (hardware: "
+        f"{'recomputed forward counted' if factor == 8 else 'no full recomputation'}); operation by operation "
+        f"{exact[0]:,.0f} and {exact[1]:,.0f}",
         f"  at 100%    {run.days:.1f} days, {run.days * 24 * job.world_size:,.0f} GPU-hours",
         f"  goodput    {kept.share:.1%}: {run.days_with_failures:.1f} days, {run.gpu_hours:,.0f} GPU-hours, "
         f"{run.energy_mwh:,.0f} MWh" + (f", {run.money:,.0f} at {job.submit.price_per_gpu_hour:g} a GPU-hour"
@@ -108,6 +116,6 @@ def _run(plan: Plan, efficiency: float | None) -> list[str]:
     ]
     if efficiency:
         rate = efficiency * plan.machine.peak_flops(job.train.precision)
-        days = flops.train_days(flops.train_flops(plan.params, run.tokens, with_recompute == 8), job.world_size, rate)
-        lines.append(f"  at {efficiency:.1%} of the peak, {with_recompute}PT: {days:.1f} days")
+        days = flops.train_days(hardware_days * flops.PF_DAY, job.world_size, rate)
+        lines.append(f"  at {efficiency:.1%} of the peak, {factor}PT: {days:.1f} days")
     return lines

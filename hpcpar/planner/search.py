@@ -10,6 +10,7 @@ from typing import Any
 
 from hpcpar.config.job import Job, required
 from hpcpar.config.load import override
+from hpcpar.config.resolve import resolve
 from hpcpar.errors import UserError
 from hpcpar.planner.hardware import Machine, load_machine
 from hpcpar.planner.plan import Plan, make_plan
@@ -18,7 +19,8 @@ from hpcpar.planner.step import Pricing
 from hpcpar.units import format_bytes, format_seconds
 
 MICROBATCHES = (1, 2, 4, 8, 16)
-FINALISTS = 24  # candidates whose schedule is played after the quick pricing
+FINALISTS = 24  # candidates whose schedule is played after a quick pricing
+SPARE = 0.05  # of the memory, which a search leaves free: what is foretold errs by as much
 LONG_SEQUENCE = 16384  # from here on context parallelism is tried
 
 
@@ -37,7 +39,7 @@ def divisors(number: int) -> list[int]:
 
 
 def search(job: Job, num_gpus: int, machine: Machine | None = None, practice: Practice = TRAINER,
-           top: int = 10) -> Found:
+           top: int = 10, finalists: int = FINALISTS) -> Found:
     """Price all layouts of a resolved job's model and batch on `num_gpus`; Raises UserError where nothing fits.
 
     Cost: about a second for thousands of candidates.
@@ -47,16 +49,16 @@ def search(job: Job, num_gpus: int, machine: Machine | None = None, practice: Pr
     priced: list[tuple[float, Job]] = []
     for candidate in _candidates(job, num_gpus, chosen, found.refused):
         pricing = Pricing(candidate, chosen, practice)
-        missing = pricing.least_memory_bytes() - chosen.chip.usable_bytes
-        if missing > 0:
-            found.refused[f"recompute {candidate.layout.recompute}, ZeRO-{candidate.layout.zero}: does not fit"] += 1
+        if pricing.least_memory_bytes() > (1 - SPARE) * chosen.chip.usable_bytes:
+            found.refused[f"recompute {candidate.layout.recompute}, ZeRO-{candidate.layout.zero}: does not fit with "
+                          f"{SPARE:.0%} to spare"] += 1
             continue
         found.num_priced += 1
         priced.append((pricing.step(quick=True).total, candidate))
     if not priced:
         raise UserError("layout", f"no layout of this model fits {num_gpus} {chosen.name}", _nearest_miss(found))
     priced.sort(key=lambda pair: pair[0])
-    plans = [make_plan(candidate, chosen, practice) for _, candidate in priced[:FINALISTS]]
+    plans = [make_plan(candidate, chosen, practice, exact=False) for _, candidate in priced[:finalists]]
     found.best = sorted((p for p in plans if p.fits), key=lambda p: p.time.total)[:top]
     return found
 
@@ -124,6 +126,30 @@ def _schedules(num_layers: int, pp: int, num_microbatches: int, refused: Counter
         refused["interleaved: microbatches are no multiple of pp"] += 1
         return tried
     return tried + [("interleaved", v) for v in (2, 3, 4, 6, 8) if v * pp <= num_layers and num_layers % (v * pp) == 0]
+
+
+def remedies(plan: Plan, most: int = 3) -> list[str]:
+    """Name the single changes that make a plan fit, cheapest in time first."""
+    job, wish, micro = plan.job, plan.job.layout, plan.job.train.microbatch
+    dp = required(wish.dp)
+    changes: list[tuple[str, dict[str, Any], int]] = [
+        (f"layout.recompute {mode}", {"recompute": mode}, micro) for mode in ("selective", "full")]
+    changes += [(f"layout.zero {zero}", {"zero": zero}, micro) for zero in (1, 2, 3) if zero > wish.zero]
+    changes += [(f"train.microbatch {micro // 2}", {}, micro // 2)] if micro > 1 else []
+    for name in ("tp", "pp"):
+        changes += [(f"layout.{name} {getattr(wish, name) * f} (layout.dp {dp // f})",
+                     {name: getattr(wish, name) * f, "dp": dp // f}, micro) for f in (2, 4, 8) if dp % f == 0]
+    found = []
+    for text, layout, microbatch in changes:
+        try:
+            changed = resolve(override(job, layout=layout, train={"microbatch": microbatch}), on_paper=True)
+        except UserError:
+            continue
+        other = make_plan(changed, plan.machine, plan.pricing.practice, exact=False)
+        if other.fits and other.time.total > 0:
+            found.append((other.time.total, f"--{text}: {format_bytes(other.spare_bytes)} spare, a step of "
+                          f"{format_seconds(other.time.total)}"))
+    return [text for _, text in sorted(found)[:most]]
 
 
 def trainable(job: Job) -> bool:

@@ -191,11 +191,10 @@ class Pricing:
         return reduce - hidden + BESIDE * hidden, hidden, gather if wish.zero else 0.0
 
     def _update_s(self, rank: int) -> float:
-        """Norm, clipping, AdamW on the owned shard, and zeroing of the gradients."""
-        numel = self.rank_numel(rank)
-        owned = numel / (self.dp_ring.size if self.job.layout.zero else 1)
-        moved = self.practice.adam_traffic * owned + 4 * numel
-        return moved / self.machine.chip.bytes_per_s + 100 * self.machine.chip.launch_us * 1e-6
+        """Norm, clipping and AdamW on the owned shard."""
+        owned = self.rank_numel(rank) / (self.dp_ring.size if self.job.layout.zero else 1)
+        chip = self.machine.chip
+        return self.practice.adam_traffic * owned / chip.bytes_per_s + 100 * chip.launch_us * 1e-6
 
     def _tied_s(self) -> float:
         """The gradient of an embedding tied across the first and the last stage."""
