@@ -1,14 +1,17 @@
-"""Gradients of matrices are computed straight into their flat bucket.
+"""Gradients of matrices are computed straight into their flat bucket, at once or when the schedule says so.
 
     autograd   dW = grad^T x, a new tensor; .grad += dW; next step .grad = 0: six passes over a weight's memory
     here       bucket (+)= grad^T x, one matrix product: one pass, for the first microbatch overwrites; then two
 
-A product still runs in backward, after the gradient of its input.
+A product still runs in backward, after the gradient of its input; or, where a schedule splits backwards into I and W,
+it is put off: backward (I) leaves it in a list, and W works the list off. What is not a matrix product (norms, biases,
+rows of the embedding) stays with I: it is small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,26 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+PutOff = list[Callable[[], None]]  # matrix products still to be done
+
 
 class Sink:
     """Where one matrix's gradient goes: `main`, its view of the bucket, in the main dtype.
 
-    `done` is called after every contribution: a microbatch brings one for every use of the matrix.
+    `done` is called after every contribution: a microbatch brings one for every use of the matrix. With `put_off`
+    backward does not do the products but adds them to that list.
     """
 
-    def __init__(self, main: Tensor, done: Callable[[], None]):
-        self.main, self.done = main, done
+    def __init__(self, main: Tensor, done: Callable[[], None], put_off: PutOff | None = None):
+        self.main, self.done, self.put_off = main, done, put_off
         self.empty = True  # what lies in `main` is last step's
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
-        out: Tensor = _Product.apply(x, weight, bias, self)
-        return out
-
-    def rows(self, numbers: Tensor, weight: Tensor) -> Tensor:
-        """Take the place of F.embedding: numbers [...], weight [rows, width] -> [..., width]."""
-        out: Tensor = _Rows.apply(numbers, weight, self)
-        return out
+    def attach(self, module: Linear | Vocabulary, later: WeightGradients | None) -> None:
+        """Let a module's products bring their weight gradients here, `later` if the schedule splits its backward."""
+        module.product = partial(_product, sink=self, later=later)
+        if isinstance(module, Vocabulary):
+            module.rows = partial(_rows, sink=self)
 
     def add_product(self, grad: Tensor, x: Tensor) -> None:
         """Add grad^T x: grad [tokens, out], x [tokens, in]."""
@@ -60,19 +62,35 @@ class Sink:
         self.done()
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink, later: WeightGradients | None) -> Tensor:
+    """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
+    out: Tensor = _Product.apply(x, weight, bias, sink, later)
+    return out
+
+
+def _rows(numbers: Tensor, weight: Tensor, sink: Sink) -> Tensor:
+    """Take the place of F.embedding: numbers [...], weight [rows, width] -> [..., width]."""
+    out: Tensor = _Rows.apply(numbers, weight, sink)
+    return out
+
+
 class _Product(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink,
+                later: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink = sink
+        ctx.sink, ctx.later = sink, later
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        flat = grads[0].flatten(0, -2)
+        flat, inputs = grads[0].flatten(0, -2), x.flatten(0, -2)
         dx = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        ctx.sink.add_product(flat, x.flatten(0, -2))
+        if ctx.sink.put_off is None:
+            ctx.sink.add_product(flat, x.flatten(0, -2))
+        else:
+            ctx.sink.put_off.append(partial(ctx.sink.add_product, flat, x.flatten(0, -2)))
         return dx, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
 
 

@@ -44,7 +44,10 @@ def best_checkpoint_interval(save_s: float, mtbf_s: float) -> float:
 
 
 def goodput(stall_s: float, interval_s: float, mtbf_s: float, restart_s: float) -> Goodput:
-    """Return the share of time kept: of every interval one stall, of every failure a restart and half an interval."""
+    """Return the share of time kept: of every interval one stall, of every failure a restart and half an interval.
+
+    An interval of 0 stands for the best one.
+    """
     best = best_checkpoint_interval(stall_s, mtbf_s)
     interval = interval_s or best
     lost = stall_s / (interval + stall_s) + (restart_s + interval / 2) / mtbf_s
@@ -69,7 +72,9 @@ def whole_run(job: Job, step_s: float, state_bytes: float, watts: float, price: 
     samples = total_samples(job)
     seconds = samples / job.train.global_batch * step_s
     between = mtbf_s or GPU_HOURS_BETWEEN_FAILURES * 3600 / num_gpus
-    kept = goodput(state_bytes / COPY_BYTES_PER_S, job.checkpoint.every * step_s, between, restart_s)
+    every = job.checkpoint.every
+    interval = 0.0 if every == "auto" else every * step_s if every else seconds
+    kept = goodput(state_bytes / COPY_BYTES_PER_S, interval, between, restart_s)
     lasting = seconds / kept.share if kept.share else math.inf
     hours = lasting / 3600 * num_gpus
     return Run(samples * job.model.seq, seconds / DAY, lasting / DAY, hours, hours * price, hours * watts / 1e6, kept)

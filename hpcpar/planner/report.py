@@ -81,7 +81,8 @@ def _time(plan: Plan) -> list[str]:
             beside = f"  (and {format_seconds(hidden)} hidden behind backward)" if hidden > 0.001 * time.total else ""
             lines.append(f"  {PARTS[name]:<36} {format_seconds(seconds):>10} {seconds / time.total:>6.1%}{beside}")
     if job.checkpoint.every:
-        stall = plan.run.goodput.stall_s / job.checkpoint.every
+        kept = plan.run.goodput
+        stall = kept.stall_s / max(1.0, kept.interval_s / time.total)
         lines.append(f"  {'besides: checkpoint stall, averaged':<36} {format_seconds(stall):>10} "
                      f"{stall / time.total:>6.1%}")
     m = plan.pricing.num_microbatches

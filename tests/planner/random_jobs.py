@@ -32,8 +32,8 @@ TABLES = some.fixed_dictionaries({
     "layout": some.fixed_dictionaries({
         "tp": FEW, "pp": FEW, "cp": some.sampled_from([1, 1, 1, 2]), "ep": some.sampled_from([1, 1, 1, 1, 2]),
         "chunks": some.sampled_from([1, 1, 2, 2, 3]), "zero": some.integers(0, 3),
-        "schedule": some.sampled_from(["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv", "dualpipev",
-                                       "pipedream", "table"]),
+        "schedule": some.sampled_from(["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv",
+                                       "dualpipev", "pipedream", "table"]),
         "sequence_parallel": some.booleans(), "recompute": some.sampled_from(["none", "selective", "full"]),
     }, optional={"dp": FEW}),
     "train": some.fixed_dictionaries({

@@ -87,7 +87,8 @@ def test_fp32_gradients_make_18_bytes_and_plain_precision_no_second_copy() -> No
 @pytest.mark.parametrize("change", [
     {}, {"model": {"tied": False}}, {"model": {"kind": "llama", "heads": 8, "kv_heads": 2}, "layout": {"tp": 4}},
     {"layout": {"pp": 3, "dp": 2}}, {"model": {"vocab": 1003}, "layout": {"tp": 4, "pp": 2}},
-    {"layout": {"pp": 2, "chunks": 2, "schedule": "interleaved"}}, {"layout": {"pp": 2, "chunks": 2, "schedule": "zbv"}},
+    {"layout": {"pp": 2, "chunks": 2, "schedule": "interleaved"}},
+    {"layout": {"pp": 2, "chunks": 2, "schedule": "zbv"}},
     {"layout": {"zero": 0, "dp": 4}}, {"train": {"precision": "fp32"}},
 ], ids=str)
 def test_states_are_the_buckets_lengths(change: dict[str, dict[str, object]]) -> None:

@@ -1,0 +1,69 @@
+"""What the layout says a rank will call is what its ranks ask of MPI: operation, group, order, bytes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from hpcpar.comm import mpi_backend
+from hpcpar.comm.groups import open_groups
+from hpcpar.layout.layout import Layout
+from hpcpar.layout.traffic import Call, Traffic
+from hpcpar.parallel.build import build, initialise
+from hpcpar.train.state import Progress
+from hpcpar.train.step import Trainee, train_step
+from tests.parity.jobs import all_pairs, job_of, name_of, random_tokens
+
+pytestmark = pytest.mark.mpi
+EIGHT = [c for c in all_pairs() if c["mesh"][0] * c["mesh"][1] * c["mesh"][2] == 8][::4]
+
+
+@pytest.fixture
+def issued(monkeypatch):
+    """Record at the wires themselves, beneath every function that could make a call."""
+    calls: list[Call] = []
+
+    def spy(name, record):
+        original = getattr(mpi_backend.MPIProcessGroup, name)
+
+        def recorded(self, *args):
+            calls.append(record({"default_pg": "everyone"}.get(self.getGroupDesc(), self.getGroupDesc()), *args))
+            return original(self, *args)
+
+        monkeypatch.setattr(mpi_backend.MPIProcessGroup, name, recorded)
+
+    spy("allreduce", lambda group, tensors, *_: Call("all_reduce", group, tensors[0].nbytes))
+    for name in ("_allgather_base", "all_gather_single"):
+        spy(name, lambda group, whole, part, *_: Call("all_gather", group, whole.nbytes))
+    for name in ("_reduce_scatter_base", "reduce_scatter_single"):
+        spy(name, lambda group, part, whole, *_: Call("reduce_scatter", group, whole.nbytes))
+    spy("send", lambda group, tensors, peer, tag: Call("send", group, tensors[0].nbytes, peer))
+    spy("recv", lambda group, tensors, peer, tag: Call("receive", group, tensors[0].nbytes, peer))
+    for name in ("broadcast", "reduce", "allgather", "reduce_scatter", "gather", "scatter", "alltoall",
+                 "alltoall_base", "barrier", "recv_anysource"):
+        spy(name, lambda group, *_, name=name: Call(name, group, 0))
+    return calls
+
+
+def by_group(calls):
+    found = defaultdict(list)
+    for call in calls:
+        found[call.group].append(call)
+    return dict(found)
+
+
+@pytest.mark.parametrize("choice", EIGHT, ids=name_of)
+def test_a_step_issues_exactly_these_calls(world, issued, choice):
+    layout = Layout(job_of(choice))
+    groups = open_groups(layout.mesh, world.rank)
+    pipeline, optimizer = build(layout, groups, world.device)
+    initialise(optimizer, 1)
+    issued.clear()
+    train_step(Trainee(layout, groups, pipeline, optimizer, world.device), Progress(),
+               random_tokens(choice["vocab"], 8))
+    num_microbatches = choice["accumulation"]
+    foretold = Traffic(layout, groups.at).step(layout.program(groups.at.pp_rank, num_microbatches))
+    groups.close()
+    assert by_group(issued) == by_group(foretold)
+    assert len(issued) == len(foretold) > 2
