@@ -101,15 +101,6 @@ def _played(traffic: Traffic, program: Sequence[Action]) -> list[Move]:
     return moves
 
 
-def _arrives_as(action: Action) -> Action:
-    """Name a message on both ends: by its receive."""
-    if action.kind is Kind.SEND_FORWARD:
-        return Action(Kind.RECEIVE_FORWARD, action.microbatch, action.chunk + 1)
-    if action.kind is Kind.SEND_BACKWARD:
-        return Action(Kind.RECEIVE_BACKWARD, action.microbatch, action.chunk - 1)
-    return action
-
-
 def _in_groups(calls: Sequence[Call]) -> list[Move]:
     """Join neighbouring collectives of one group; a message among them is waited for at once."""
     moves: list[Move] = []

@@ -1,4 +1,4 @@
-"""Gradients of matrices are computed straight into their flat bucket, at once or when the schedule says so.
+"""Gradients of matrices are computed straight into their flat bucket.
 
     autograd   dW = grad^T x, a new tensor; .grad += dW; next step .grad = 0: six passes over a weight's memory
     here       bucket (+)= grad^T x, one matrix product: one pass, for the first microbatch overwrites; then two
@@ -33,11 +33,15 @@ class Sink:
         self.main, self.done, self.put_off = main, done, put_off
         self.empty = True  # what lies in `main` is last step's
 
-    def attach(self, module: Linear | Vocabulary, later: WeightGradients | None) -> None:
-        """Let a module's products bring their weight gradients here, `later` if the schedule splits its backward."""
-        module.product = partial(_product, sink=self, later=later)
-        if isinstance(module, Vocabulary):
-            module.rows = partial(_rows, sink=self)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
+        out: Tensor = _Product.apply(x, weight, bias, self)
+        return out
+
+    def rows(self, numbers: Tensor, weight: Tensor) -> Tensor:
+        """Take the place of F.embedding: numbers [...], weight [rows, width] -> [..., width]."""
+        out: Tensor = _Rows.apply(numbers, weight, self)
+        return out
 
     def add_product(self, grad: Tensor, x: Tensor) -> None:
         """Add grad^T x: grad [tokens, out], x [tokens, in]."""
@@ -62,30 +66,17 @@ class Sink:
         self.done()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink, later: WeightGradients | None) -> Tensor:
-    """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
-    out: Tensor = _Product.apply(x, weight, bias, sink, later)
-    return out
-
-
-def _rows(numbers: Tensor, weight: Tensor, sink: Sink) -> Tensor:
-    """Take the place of F.embedding: numbers [...], weight [rows, width] -> [..., width]."""
-    out: Tensor = _Rows.apply(numbers, weight, sink)
-    return out
-
-
 class _Product(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink,
-                later: WeightGradients | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.later = sink, later
+        ctx.sink = sink
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        flat, inputs = grads[0].flatten(0, -2), x.flatten(0, -2)
+        flat = grads[0].flatten(0, -2)
         dx = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         if ctx.sink.put_off is None:
             ctx.sink.add_product(flat, x.flatten(0, -2))
