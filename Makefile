@@ -17,7 +17,7 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks parity-all bench clean
+.PHONY: plan-random plan-accuracy help demo test check test-one test-ranks parity-all bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,12 @@ check: $(TEST_READY)  ## lint, types, import law
 
 parity-all: $(TEST_READY)  ## the full product of parity jobs (hours); PARITY_SAMPLE=N takes N of them
 	$(RANKS) $(BIN)python -m tests.parity.all $(PARITY_SAMPLE)
+
+plan-random: $(TEST_READY)  ## 10,000 random jobs: refused by rule, or they build a layout and a plan
+	$(BIN)python -m tests.planner.random_jobs 10000
+
+plan-accuracy: $(TEST_READY)  ## the planner beside published measurements, and each source left out of the calibration
+	$(BIN)python benchmarks/planner_accuracy.py --leave-one-out
 
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py

@@ -60,10 +60,10 @@ def _divisors(*numbers: int) -> list[int]:
 
 def _check_runs(job: Job) -> None:
     """Refuse what the planner can price and the trainer cannot run."""
-    for name, most in (("cp", 1), ("ep", 1), ("zero", 1)):
+    for name in ("cp", "ep", "zero"):
         value = getattr(job.layout, name)
-        _require(value <= most, f"layout.{name}", f"is {value}, but this version only runs {name} = {most}"
-                 + (" or 0" if name == "zero" else ""), f"write {name} = {most} (hpcpar plan prices {value} as well)")
+        _require(value <= 1, f"layout.{name}", f"is {value}, but this version only runs {name} = 1",
+                 f"write {name} = 1")
 
 
 def _check_model(job: Job) -> None:
