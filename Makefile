@@ -17,11 +17,10 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks test-openmpi test-slurm test-slurm-266 parity-all chaos \
-        chaos-checkpoint damage-checkpoint signals many-jobs bench clean
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*##.*/\1/p' Makefile)
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 demo: $(DEMO_READY)  ## train a 10M GPT on the Python library's text at tp 2 x pp 2 x dp 2, stop, resume at dp 4, look
 	BIN=$(abspath $(BIN)) bash jobs/demo.sh
@@ -51,6 +50,12 @@ chaos-checkpoint: $(TEST_READY)  ## 300 kill -9 of ranks and launchers that save
 
 damage-checkpoint: $(TEST_READY)  ## 1000 damages of a checkpoint set, each reported with file and tensors (a minute)
 	$(BIN)python -m tests.checkpoint.damage
+
+plan-random: $(TEST_READY)  ## 10,000 random jobs: refused by rule, or they build a layout and a plan
+	$(BIN)python -m tests.planner.random_jobs 10000
+
+plan-accuracy: $(TEST_READY)  ## the planner beside published measurements, and each source left out of the calibration
+	$(BIN)python benchmarks/planner_accuracy.py --leave-one-out
 
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py
