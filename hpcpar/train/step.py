@@ -54,22 +54,8 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     layout, job = trainee.layout, trainee.layout.job
     batch = batch_size(job, progress.samples)
     samples = range(progress.samples, progress.samples + batch)
-    num_microbatches = batch // (layout.mesh.dp_size * job.train.microbatch)
-    factor = 1 / (num_microbatches * layout.mesh.dp_size)
-    at = trainee.groups.at
-    program = layout.program(at.pp_rank, num_microbatches)
-
-    trainee.optimizer.begin()
-    played = trainee.pipeline.play(
-        program,
-        lambda m: read_microbatch(trainee, tokens, samples, m, progress.step),
-        job.train.microbatch,
-        factor * progress.loss_scale,
-        trainee.optimizer.arm,
-    )
-    trainee.pipeline.note("reduce")
-    trainee.optimizer.finish_reduction()
-
+    factor, at = job.train.microbatch / batch, trainee.groups.at
+    played = compute_gradients(trainee, tokens, samples, progress.step, factor * progress.loss_scale)
     mine = torch.zeros(3, dtype=torch.float64, device=trainee.device)
     mine[0] = trainee.optimizer.norm_squared()
     if at.pp_rank == layout.mesh.pp_size - 1 and at.tp_rank == 0:
@@ -92,6 +78,19 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     progress.step += 1
     progress.samples += batch
     return StepResult(loss, grad_norm, lr, samples, skipped, stops > 0, played)
+
+
+def compute_gradients(trainee: Trainee, tokens: Tokens, samples: range, step: int, loss_factor: float) -> Played:
+    """Play the pipeline on a batch of sample numbers, and sum its gradients over all ranks that share them."""
+    layout, optimizer = trainee.layout, trainee.optimizer
+    size = layout.job.train.microbatch
+    program = layout.program(trainee.groups.at.pp_rank, len(samples) // (layout.mesh.dp_size * size))
+    optimizer.begin()
+    played = trainee.pipeline.play(program, lambda m: read_microbatch(trainee, tokens, samples, m, step), size,
+                                   loss_factor, optimizer.arm)
+    trainee.pipeline.note("reduce")
+    optimizer.finish_reduction()
+    return played
 
 
 def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, step: int) -> Microbatch:
