@@ -2,8 +2,9 @@
 
 from hpcpar.checkpoint.format import Manifest, read_manifest
 from hpcpar.checkpoint.load import load_shards, load_tensor
+from hpcpar.checkpoint.retention import retire
 from hpcpar.checkpoint.save import save_set
 from hpcpar.checkpoint.verify import latest_set, published_sets, read_state, verify_set, verify_together
 
 __all__ = ["Manifest", "latest_set", "load_shards", "load_tensor", "published_sets", "read_manifest", "read_state",
-           "save_set", "verify_set", "verify_together"]
+           "retire", "save_set", "verify_set", "verify_together"]

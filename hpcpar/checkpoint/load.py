@@ -72,6 +72,13 @@ def load_tensor(path: Path, name: str, kind: str = WEIGHT, verify: bool = True) 
     return array
 
 
+def load_box(path: Path, manifest: Manifest, tensor: str, box: Box, kinds: Iterable[str]) -> dict[str, Array]:
+    """Return a part of a logical tensor, by kind, from a set that the caller has verified. Raises: CheckpointError."""
+    arrays = {kind: np.zeros(box.size, manifest.kinds[kind]) for kind in kinds}
+    _fill(path, manifest, [Wanted(tensor, box, arrays)], verify=False)
+    return arrays
+
+
 def check_tensors(manifest: Manifest, layout: Layout, path: Path) -> None:
     """Raise CheckpointError unless the set has exactly the model's tensors, with their shapes."""
     model = {p.name: p.shape for p in layout.table}

@@ -1,24 +1,26 @@
 """Save a set: every rank writes its own boxes, rank 0 publishes all of them at once or nothing.
 
-    all ranks   plan (no communication) | write, sync | agree |                                  | agree
-    rank 0      clear leftovers, .tmp   |             |       | model.h5, manifest, sync, rename |       | retention
+    all ranks   prepare        | write, sync | agree |                       | agree: published |
+    rank 0      leftovers, tmp |             |       | model.h5, manifest    | rename           | retention
 
-A rank that fails says so in the next agreement, so that all raise the same error and none waits for ever.
+`save_phases` is that sequence. It pauses (yields) wherever a rank's work goes on; who does the work is up to the
+caller: the process itself (`save_set`), or a child beside it (`background`). A rank that fails says so in the next
+agreement, so that all raise the same error and none waits for ever.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from hpcpar.checkpoint.format import (
+    INDEX,
     MANIFEST,
     FileEntry,
     Manifest,
@@ -30,8 +32,8 @@ from hpcpar.checkpoint.format import (
     step_of,
 )
 from hpcpar.checkpoint.index import write_index
+from hpcpar.checkpoint.retention import retire
 from hpcpar.checkpoint.store import Dataset, checksum_file, fill_file, sync_folder, write_bytes, write_file
-from hpcpar.checkpoint.verify import published_sets
 from hpcpar.comm.control import Control
 from hpcpar.errors import CheckpointError
 from hpcpar.layout.buckets import Piece
@@ -43,37 +45,165 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
+class Saving(NamedTuple):
+    """How sets are saved, the same on all ranks: where, for which layout, and which older ones stay."""
+
+    checkpoints: Path
+    layout: Layout
+    ranks_per_file: int = 1
+    keep: int = 0
+    keep_every: int = 0
+
+
+class Published(NamedTuple):
+    """A set that has just got its name."""
+
+    path: Path
+    num_bytes: int
+
+
+class Worker(Protocol):
+    """Who does a rank's share of a save, one task after the other: a method of `Tasks` by name."""
+
+    def ask(self, task: str, **values: Any) -> None:
+        """Begin a task; its values and its answer are what JSON can say."""
+        ...
+
+    def answer(self) -> Any:
+        """Return the last task's answer, waiting for it if need be. Raises: whatever made it fail."""
+        ...
+
+
 def save_set(checkpoints: Path, step: int, layout: Layout, global_rank: int, control: Control, shards: Shards,
-             state: Mapping[str, Any], ranks_per_file: int = 1, keep: int = 0) -> Path:
+             state: Mapping[str, Any], ranks_per_file: int = 1, keep: int = 0, keep_every: int = 0) -> Path:
     """Write and publish the set of a step; return its folder. Every rank must call.
 
     `shards[kind][bucket]` is this rank's flat owned shard, [bucket.numel / num_shards], float32 or float64; the
     rank writes `layout.stored_pieces(global_rank)` of them. `state` goes into the manifest as JSON; rank 0's counts.
     `ranks_per_file` consecutive ranks share a file and write it in turn. A set of the same step is replaced; then
-    all but the newest `keep` sets up to this step are deleted (0: none).
+    older ones are deleted (`retention.retire`).
     Raises: CheckpointError, the same on all ranks, if any fails; older sets stay, nothing is left behind.
     Cost: own bytes written and synced once; ranks_per_file + 2 small all-gathers.
     """
-    final, folder = checkpoints / set_name(step), checkpoints / side_name(step, "tmp")
+    saving = Saving(checkpoints, layout, ranks_per_file, keep, keep_every)
+    return save_now(saving, step, global_rank, control, shards, state).path
+
+
+def save_now(saving: Saving, step: int, global_rank: int, control: Control, shards: Shards,
+             state: Mapping[str, Any]) -> Published:
+    """Save a set from the first phase to the last, this process doing the work: what `save_set` does."""
+    worker = _Itself(Tasks(saving, global_rank, shards))
+    found = [published for published in save_phases(saving, step, state, control, worker) if published is not None]
+    assert len(found) == 1  # gone through to the end: what follows the publication counts
+    return found[0]
+
+
+def save_phases(saving: Saving, step: int, state: Mapping[str, Any], control: Control,
+                worker: Worker) -> Iterator[Published | None]:
+    """Save a set, pausing while workers work: go on when every rank's worker is done (or wait for it in `answer`).
+
+    Yields None at a pause, and once the set when it has just been published. Every rank must go through all of it.
+    Raises: CheckpointError, the same on all ranks, if any fails.
+    """
+    final, folder = saving.checkpoints / set_name(step), saving.checkpoints / side_name(step, "tmp")
     alone = control.rank == 0
-    _together(control, folder, lambda: _prepare(checkpoints, folder) if alone else None)
+
+    def together(work: Callable[[], T]) -> list[T]:
+        try:
+            return _together(control, set_name(step), work)
+        except CheckpointError:
+            if alone:  # all have answered: nobody writes there any more
+                worker.ask("clear", folder=str(folder))
+            raise
+
+    together(lambda: _prepare(saving.checkpoints, folder) if alone else None)
     entries: list[FileEntry] = []
-    for turn in range(ranks_per_file):
-        answers = _together(control, folder, partial(_write_own, folder, layout, global_rank, shards, ranks_per_file,
-                                                     turn))
-        entries += [entry for entry, _ in answers if entry is not None]
-    kinds = {rank: found for rank, (_, found) in enumerate(answers)}
+    for turn in range(saving.ranks_per_file):
+        worker.ask("write", folder=str(folder), turn=turn)
+        yield None
+        answers = together(worker.answer)
+        entries += [FileEntry(*answer["entry"]) for answer in answers if answer["entry"]]
+    kinds = [answer["kinds"] for answer in answers]
+    if alone:
+        worker.ask("complete", folder=str(folder), step=step, kinds=kinds, state=dict(state),
+                   entries=[(entry.name, entry.size, entry.checksum) for entry in entries])
+    yield None
 
     def publish() -> None:
-        unlike = [rank for rank, found in kinds.items() if found != kinds[0]]
+        worker.answer()
+        _publish(folder, final, side_name(step, "old"))
+
+    together(lambda: publish() if alone else None)
+    if alone:
+        worker.ask("settle", step=step)
+    yield Published(final, sum(entry.size for entry in entries))
+    if alone:
+        try:
+            worker.answer()  # the next save must not meet what is being deleted
+        except Exception as error:  # published is published
+            _logger.warning("%s: older sets could not be looked after: %s", final.name, error)
+
+
+class Tasks:
+    """A rank's share of a save, without communication; each method's name is a task, its values are plain."""
+
+    def __init__(self, saving: Saving, global_rank: int, shards: Shards):
+        self._saving, self._rank, self._shards = saving, global_rank, shards
+
+    def write(self, folder: str, turn: int) -> dict[str, Any]:
+        """Write this rank's boxes if it is its turn; answer with the file's entry if it was the last to write it."""
+        entry, kinds = _write_own(Path(folder), self._saving.layout, self._rank, self._shards,
+                                  self._saving.ranks_per_file, turn)
+        return {"entry": (entry.name, entry.size, entry.checksum) if entry else None, "kinds": kinds}
+
+    def complete(self, folder: str, step: int, kinds: list[dict[str, str]], state: dict[str, Any],
+                 entries: list[tuple[str, int, str]]) -> None:
+        """Add the index and the manifest, and sync the folder: only its name is missing then."""
+        unlike = [rank for rank, found in enumerate(kinds) if found != kinds[0]]
         if unlike:
             raise ValueError(f"rank {unlike[0]} has kinds {kinds[unlike[0]]}, rank 0 has {kinds[0]}")
-        _publish(folder, final, _manifest(step, layout, ranks_per_file, kinds[0], entries, state))
+        files = [FileEntry(*entry) for entry in entries]
+        manifest = _manifest(step, self._saving.layout, self._saving.ranks_per_file, kinds[0], files, state)
+        for name in (INDEX, MANIFEST):
+            (Path(folder) / name).unlink(missing_ok=True)  # of a worker that died here and was replaced
+        index = write_index(Path(folder), manifest)
+        write_bytes(Path(folder) / MANIFEST, replace(manifest, files=(*manifest.files, index)).to_bytes())
+        sync_folder(Path(folder))
 
-    _together(control, folder, lambda: publish() if alone else None)
-    if alone and keep:
-        _retire(checkpoints, step, keep)
-    return final
+    def settle(self, step: int) -> None:
+        """Make the new name survive a power cut; only then delete what it replaces."""
+        checkpoints = self._saving.checkpoints
+        try:
+            sync_folder(checkpoints)
+        except OSError as error:
+            _logger.warning("%s: its name may not survive a power cut: %s", set_name(step), error)
+        shutil.rmtree(checkpoints / side_name(step, "old"), ignore_errors=True)
+        retire(checkpoints, step, self._saving.keep, self._saving.keep_every)
+
+    def clear(self, folder: str) -> None:
+        """Delete what a failed save has written: on a full disk the next one needs the space."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Itself:
+    """The process itself as its worker: a task is done when it is asked for."""
+
+    def __init__(self, tasks: Tasks):
+        self._tasks = tasks
+        self._answer: Any = None
+        self._error: Exception | None = None
+
+    def ask(self, task: str, **values: Any) -> None:
+        self._answer, self._error = None, None
+        try:
+            self._answer = getattr(self._tasks, task)(**values)
+        except Exception as error:  # told in the next agreement: the others wait there
+            self._error = error
+
+    def answer(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._answer
 
 
 def stored_boxes(layout: Layout, global_rank: int) -> tuple[StoredBox, ...]:
@@ -81,23 +211,21 @@ def stored_boxes(layout: Layout, global_rank: int) -> tuple[StoredBox, ...]:
     return tuple(StoredBox(p.parameter.name, p.box) for p in layout.stored_pieces(global_rank))
 
 
-def _together(control: Control, folder: Path, work: Callable[[], T]) -> list[T]:
+def _together(control: Control, name: str, work: Callable[[], T]) -> list[T]:
     """Return every rank's result, or raise one CheckpointError on all if any rank's work raised."""
     result: T | None = None
     failed, cause = "", None
     try:
         result = work()
     except Exception as error:  # whatever it is: not to answer would leave the others waiting
-        failed, cause = f"{type(error).__name__}: {error}", error
+        known = isinstance(error, CheckpointError)
+        failed, cause = str(error) if known else f"{type(error).__name__}: {error}", error
     answers = control.all_gather((result, failed))
     failures = [(rank, why) for rank, (_, why) in enumerate(answers) if why]
     if failures:
-        if control.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
         rank, why = failures[0]
         more = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-        raise CheckpointError(f"cannot save {folder.name[1:-4]}: rank {rank}{more}: {why}; older sets are untouched"
-                              ) from cause
+        raise CheckpointError(f"cannot save {name}: rank {rank}{more}: {why}; older sets are untouched") from cause
     results: list[T] = [result for result, _ in answers]
     return results
 
@@ -136,6 +264,7 @@ def _write_own(folder: Path, layout: Layout, global_rank: int, shards: Shards, r
         # rank by rank, then kind by kind: everyone's bytes lie together
         datasets = [Dataset(dataset_path(kind, name, box), box.size, np.dtype(dtype), box.offset)
                     for boxes in plan.values() for kind, dtype in kinds.items() for name, box in boxes]
+        path.unlink(missing_ok=True)  # of a worker that died here and was replaced
         entry = write_file(path, datasets, arrays)
     else:
         fill_file(path, arrays)
@@ -175,12 +304,9 @@ def _manifest(step: int, layout: Layout, ranks_per_file: int, kinds: Mapping[str
     return Manifest(step, kinds, {p.name: p.shape for p in layout.table}, tuple(files), state)
 
 
-def _publish(folder: Path, final: Path, manifest: Manifest) -> None:
-    """Complete the folder and give it its name; a kill at any point leaves this set or the one before published."""
-    index = write_index(folder, manifest)
-    write_bytes(folder / MANIFEST, replace(manifest, files=(*manifest.files, index)).to_bytes())
-    sync_folder(folder)
-    aside = final.with_name(side_name(manifest.step, "old"))
+def _publish(folder: Path, final: Path, aside_name: str) -> None:
+    """Give the folder its name; a kill at any point leaves this set or the one before published."""
+    aside = final.with_name(aside_name)
     if final.exists():
         final.rename(aside)  # `published_sets` still counts it, until the new one has the name
     try:
@@ -189,17 +315,3 @@ def _publish(folder: Path, final: Path, manifest: Manifest) -> None:
         if aside.exists():
             aside.rename(final)
         raise
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _retire(checkpoints: Path, step: int, keep: int) -> None:
-    """Delete all but the newest `keep` sets up to `step`; the one just published is among those that stay."""
-    steps = [int(s) for p in published_sets(checkpoints) if (s := step_of(p.name)) is not None and s <= step]
-    for old in steps[:-keep]:
-        gone = checkpoints / side_name(old, "gone")
-        try:
-            (checkpoints / set_name(old)).rename(gone)  # so that a kill leaves no published half
-            shutil.rmtree(gone)
-        except OSError as error:
-            _logger.warning("old set %s could not be deleted: %s", set_name(old), error)

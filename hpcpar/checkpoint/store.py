@@ -101,14 +101,18 @@ def fill_file(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         _sync(file)
 
 
-def checksum_file(path: Path) -> FileEntry:
-    """Return a file's size and checksum. Cost: reads it once, a MiB at a time. Raises: OSError."""
+def checksum_file(path: Path, note: Callable[[int], object] = lambda num_bytes: None) -> FileEntry:
+    """Return a file's size and checksum, telling `note` of the bytes. Cost: reads it once, a MiB at a time.
+
+    Raises: OSError.
+    """
     digest, size = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count
+            note(count)
     return FileEntry(path.name, size, digest.hexdigest())
 
 

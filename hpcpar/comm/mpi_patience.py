@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Patience:
-    """How a rank waits: `polls` tests that yield the core, then tests `sleep_s` apart, or a tenth of a message's wait.
+    """How a rank waits: `polls` tests that yield the core, then tests with sleeps between that grow with the wait.
 
     A rank that only spins takes the core from computing ones (8 ranks on 2 cores, seven waiting: the eighth takes
     4 times as long). One that sleeps early keeps others waiting, for MPI moves data only inside its own calls: 50 polls
     make small all-reduces 2.5 times as long there, 300 cost nothing measurable. Between two ranks nobody else waits, so
-    the longer a wait for a message has lasted, the longer it sleeps: 8 pipeline stages on 2 cores take 2.0 s a step
-    instead of 2.6. (Collectives do not bear it: 8 tp ranks 4.2 s, not 2.8.)
+    a wait for a message sleeps a tenth of what it has lasted: 8 pipeline stages on 2 cores take 2.0 s a step instead of
+    2.6. Collectives do not bear a tenth (8 tp ranks 4.2 s, not 2.8): theirs is a fiftieth.
     """
 
     polls: int = 300
@@ -34,4 +34,4 @@ class Patience:
             waited = time.monotonic() - start
             if waited > timeout_s:
                 raise TimeoutError(f"an MPI operation did not complete in {timeout_s:g} s: other ranks did not arrive")
-            time.sleep(min(max(waited / 10, self.sleep_s), self.longest_s) if message else self.sleep_s)
+            time.sleep(min(max(waited / (10 if message else 50), self.sleep_s), self.longest_s))

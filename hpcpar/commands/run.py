@@ -27,7 +27,8 @@ def commands() -> list[Command]:
         ], overrides=True),
         Command("show", "print a job's layout, or a run's state, without starting ranks", _show, [
             ("job", {"help": "a job file or a run folder"}),
-            ("--schedule", {"action": "store_true", "help": "draw the pipeline's schedule"}),
+            ("--schedule", {"nargs": "?", "const": "own", "choices": ["own", "pipedream", "2bw"],
+                            "help": "draw the pipeline's schedule, or one that exists on paper only"}),
             ("--plot", {"action": "store_true", "help": "draw loss.png and timeline.png (run folder)"}),
         ], overrides=True),
         Command("generate", "print text from a run's newest checkpoint", _generate, [
@@ -48,10 +49,11 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     job = resolve(load_job(args.job, words), surroundings.num_tasks)
     folder = run_folder(args)
 
-    from hpcpar.train.preflight import check_run_folder, open_order, put_aside
+    from hpcpar.train.preflight import check_run_folder, check_space, open_order, put_aside
 
     order = open_order(job)
     check_run_folder(folder, args.allow_fresh)
+    check_space(job, folder)
 
     from hpcpar.comm.bootstrap import connect, open_process_group
     from hpcpar.comm.watch import Watch
@@ -77,7 +79,7 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
 def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     from hpcpar.layout.describe import describe
     from hpcpar.layout.layout import Layout
-    from hpcpar.layout.schedule import draw
+    from hpcpar.layout.schedule import draw, draw_stale
 
     path = Path(args.job)
     folder = RunFolder(path) if path.is_dir() else None
@@ -93,9 +95,11 @@ def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
         return 0
     print(to_toml(job))
     print(describe(layout))
-    if args.schedule:
-        num = job.train.global_batch // (layout.mesh.dp_size * job.train.microbatch)
-        print(f"\n{draw(job.layout.schedule, layout.mesh.pp_size, num)}")
+    num = layout.num_microbatches
+    if args.schedule == "own":
+        print(f"\n{draw(layout.schedule(num))}")
+    elif args.schedule:
+        print(f"\n{draw_stale(args.schedule, layout.mesh.pp_size, num)}")
     return 0
 
 

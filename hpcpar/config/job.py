@@ -41,8 +41,12 @@ class LayoutWish:
     dp: int | None = option(None, "data-parallel replicas; default: what is left of the world size", 1)
     cp: int = option(1, "context-parallel ranks", 1)
     ep: int = option(1, "expert-parallel ranks", 1)
-    chunks: int = option(1, "model chunks a rank (interleaving)", 1)
-    schedule: Literal["gpipe", "1f1b"] = option("1f1b", "order of a stage's forwards and backwards")
+    chunks: int = option(1, "model chunks a rank (interleaved, breadth-first, zbv, ...)", 1)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv", "dualpipev", "table",
+                      "pipedream", "2bw"] = option("1f1b", "order of a stage's forwards and backwards; table: your "
+                                                           "own; pipedream and 2bw on paper only (show --schedule)")
+    table: str | tuple[str, ...] = option((), "schedule = table: a file with a line a pipeline rank such as "
+                                              "0F0,0F1,0B0,0B1 (chunk, F B I or W, microbatch), or these lines")
     zero: Literal[0, 1] = option(1, "1: optimizer state is sharded over dp; 0: it is replicated")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "
@@ -94,8 +98,11 @@ class Data:
 class Checkpoint:
     """What is saved, and when."""
 
-    every: int = option(100, "steps between checkpoints; 0 = only when the run stops or ends", 0)
+    every: int | Literal["auto"] = option(100, "steps between checkpoints; 0 = only when the run stops or ends; auto = "
+                                               "by their measured cost and machine.mtbf_h", 0)
     keep: int = option(3, "newest sets kept; 0 = all", 0)
+    keep_every: int = option(0, "sets of steps that this divides are kept for good; 0 = none", 0)
+    asynchronous: bool = option(True, "steps wait only for a copy in memory; a child process beside each rank writes")
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
 
 
@@ -106,6 +113,7 @@ class Machine:
     gpu: str = option("cpu", "GPU kind, or cpu")
     nodes: int = option(1, "nodes", 1)
     gpus_per_node: int = option(8, "GPUs, and so ranks, a node", 1)
+    mtbf_h: float = option(4000.0, "mean hours between failures of one node", 0.001)
 
 
 @dataclass(frozen=True)

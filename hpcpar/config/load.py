@@ -139,7 +139,7 @@ def _section(name: str, section: type, table: Any) -> Any:
     built = section(**values)
     for f in dataclasses.fields(built):
         low, value = f.metadata["low"], getattr(built, f.name)
-        if low is not None and value is not None and value < low:
+        if low is not None and isinstance(value, int | float) and value < low:
             raise UserError(f"{name}.{f.name}", f"is {value}, must be at least {low}", f"write {f.name} = {low}")
     return built
 

@@ -33,11 +33,23 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def to_heads(x: Tensor, head_dim: int) -> Tensor:
+    """Map [batch, seq, heads x head_dim] to [batch, heads, seq, head_dim]."""
+    batch, seq = x.shape[:2]
+    return x.view(batch, seq, -1, head_dim).transpose(1, 2)
+
+
+def from_heads(x: Tensor) -> Tensor:
+    """Map [batch, heads, seq, head_dim] to [batch, seq, heads x head_dim]."""
+    return x.transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Attention over heads whose number falls out of the local weights: the module does not know tp.
 
-    `enter` and `leave` exchange activations around it: identity on one rank. The output bias is added after
-    `leave`, once, because before it every tp rank would add it to its partial sum.
+    `enter` and `leave` exchange activations around it: identity on one rank. Between them tokens may lie in any order
+    that `to_heads` and `from_heads` agree on. The output bias is added after `leave`, once, because before it every tp
+    rank would add it to its partial sum.
     """
 
     def __init__(self, model: Model):
@@ -51,6 +63,8 @@ class Attention(nn.Module):
         self.out = Linear(model.hidden, model.hidden, bias=biased)
         self.enter: Exchange = identity
         self.leave: Exchange = identity
+        self.to_heads: Callable[[Tensor, int], Tensor] = to_heads
+        self.from_heads: Exchange = from_heads
         self.compute: Callable[[Tensor, Tensor | None], Tensor] = self.attend
 
     def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -59,11 +73,11 @@ class Attention(nn.Module):
         return y if self.out.bias is None else y + self.out.bias
 
     def attend(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
-        batch, seq = x.shape[:2]
-        q, k, v = (p(x).view(batch, seq, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
+        """Map the tokens that `enter` gave, [..., hidden], to this rank's partial output of the same shape."""
+        q, k, v = (self.to_heads(matrix(x), self.head_dim) for matrix in (self.q, self.k, self.v))
         if rotary is not None:
+            seq = q.shape[2]
             q, k = rotate(q, rotary[:, :seq]), rotate(k, rotary[:, :seq])
         grouped = k.shape[1] != q.shape[1]
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return self.out.without_bias(heads.transpose(1, 2).reshape(batch, seq, -1))
+        return self.out.without_bias(self.from_heads(heads))

@@ -28,22 +28,50 @@ def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, t
     sequence = layout.sequence_parallel
     enter = partial(gather_sequence if sequence else copy_to, group=group)
     leave = partial(scatter_sequence if sequence else reduce_from, group=group)
+    num_parts = tp_size if sequence else 1
     for block in stage.blocks():
         for part in (block.attention, block.mlp):
             part.enter, part.leave = enter, leave
+        if sequence:
+            block.attention.to_heads = partial(gathered_to_heads, num_parts=tp_size)
+            block.attention.from_heads = partial(heads_to_gathered, num_parts=tp_size)
     first_row, rows = shard_units(stage.model.vocab, tp_size, tp_rank)
     if stage.first:
-        stage.embedding.lookup = lambda table, tokens: leave(look_up_local(table, tokens, first_row, rows))
+        stage.embedding.lookup = lambda table, tokens: leave(
+            look_up_local(table, as_gathered(tokens, num_parts), first_row, rows))
         if sequence:
             stage.embedding.first_position = stage.model.seq // tp_size * tp_rank
     if stage.last:
         stage.enter_head = enter
         stage.vocab_rows = rows
-        stage.token_loss = partial(vocabulary_parallel_loss, group=group, first_row=first_row)
+        stage.token_loss = lambda logits, targets: vocabulary_parallel_loss(
+            logits, as_gathered(targets, num_parts), group, first_row)
+
+
+# Under sequence parallelism a gathered tensor holds [tp, batch, seq/tp] tokens, rank by rank. Matrices do not mind the
+# order of tokens, so that only heads (1/tp as wide), tokens and targets are ever put in another order.
+
+def as_gathered(tokens: Tensor, num_parts: int) -> Tensor:
+    """Put tokens [batch, seq] in a gathered tensor's order: [num_parts x batch, seq / num_parts]."""
+    batch, seq = tokens.shape
+    return tokens.view(batch, num_parts, seq // num_parts).transpose(0, 1).flatten(0, 1)
+
+
+def gathered_to_heads(x: Tensor, head_dim: int, num_parts: int) -> Tensor:
+    """Map [num_parts x batch, seq / num_parts, heads x head_dim] to [batch, heads, seq, head_dim]."""
+    rows, part = x.shape[:2]
+    return x.view(num_parts, rows // num_parts, part, -1, head_dim).permute(1, 3, 0, 2, 4).flatten(2, 3)
+
+
+def heads_to_gathered(x: Tensor, num_parts: int) -> Tensor:
+    """Undo gathered_to_heads."""
+    batch, heads, seq, head_dim = x.shape
+    parts = x.view(batch, heads, num_parts, seq // num_parts, head_dim).permute(2, 0, 3, 1, 4)
+    return parts.flatten(3).flatten(0, 1)
 
 
 def look_up_local(table: Vocabulary, tokens: Tensor, first_row: int, rows: int) -> Tensor:
-    """Look up the tokens [batch, seq] whose rows lie here; the others are zero: a partial sum over tp."""
+    """Look up the tokens [...] whose rows lie here; the others are zero: a partial sum over tp."""
     local = tokens - first_row
     here = (local >= 0) & (local < rows)
     return table.rows(local * here, table.weight) * here[..., None].to(table.weight.dtype)
@@ -78,7 +106,7 @@ class _VocabularyParallelLoss(Function):
 
 
 def vocabulary_parallel_loss(logits: Tensor, targets: Tensor, group: Group, first_row: int) -> Tensor:
-    """Return the mean loss of logits [batch, seq, vocab/tp] against targets [batch, seq], equal on all tp ranks."""
+    """Return the mean loss of logits [..., vocab/tp] against targets [...], equal on all tp ranks."""
     wide = logits.float() if logits.element_size() < 4 else logits
     loss: Tensor = _VocabularyParallelLoss.apply(wide, targets, group, first_row)
     return loss

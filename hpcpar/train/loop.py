@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import numpy as np
@@ -17,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from hpcpar.checkpoint.load import load_shards
-from hpcpar.checkpoint.save import save_set
 from hpcpar.checkpoint.verify import latest_set, read_state, verify_together
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.groups import open_groups
@@ -25,14 +22,15 @@ from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.data.sampler import SampleOrder
-from hpcpar.errors import RunError, UserError
+from hpcpar.errors import RunError
 from hpcpar.layout.layout import Layout
 from hpcpar.parallel.build import build, initialise
 from hpcpar.parallel.pipeline import Microbatch
 from hpcpar.train.metrics import Metrics
+from hpcpar.train.resume import check_same, or_offer, saved_progress
+from hpcpar.train.saving import Saves
 from hpcpar.train.state import Progress
 from hpcpar.train.step import StepResult, Trainee, train_step
-from hpcpar.units import format_seconds
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -60,7 +58,7 @@ class Run:
     trainee: Trainee
     progress: Progress
     metrics: Metrics | None  # on rank 0
-    saved_step: int = -1
+    saves: Saves
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -79,15 +77,15 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     found = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
     state = read_state(found) if found else None
     if state is not None:
-        _check_same(state, job, order, found)
+        check_same(state, job, order, found)
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device, note)
     progress = Progress(loss_scale=job.optim.loss_scale if job.train.precision == "fp16" else 1.0)
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
-        verify_together(found, world.control)
-        progress = Progress(**state["progress"])
+        or_offer(found, world.control, lambda: verify_together(found, world.control))
+        progress = saved_progress(state, job, progress)
         main = {"fp64": np.float64}.get(job.train.precision, np.float32)
         stored = load_shards(found, layout, world.rank, main, verify=False)
         for kind, shards in optimizer.shards().items():
@@ -100,26 +98,11 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         folder.config.write_text(to_toml(job))
         metrics = Metrics(folder, job, progress, world.device, live)
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
-    run = Run(job, world, folder, order, trainee, progress, metrics, progress.step if found else -1)
+    saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, progress.step if found else -1, metrics)
+    run = Run(job, world, folder, order, trainee, progress, metrics, saves)
     run.say(f"{'resumed ' + found.name if found else 'new run'} in {folder.path}: tp {layout.mesh.tp_size} x pp "
             f"{layout.mesh.pp_size} x dp {layout.mesh.dp_size} on {world.device.type}")
     return run
-
-
-def _check_same(state: dict[str, object], job: Job, order: SampleOrder, path: Path) -> None:
-    """Refuse to go on with another model or other data: the curve would break without a word."""
-    saved = state["job"]
-    assert isinstance(saved, dict)
-    for name, value in dataclasses.asdict(job.model).items():
-        if saved["model"].get(name) != value and name not in ("dropout", "init_std"):
-            raise UserError(f"model.{name}", f"is {value}, but {path} was saved with {saved['model'].get(name)}",
-                            "use the same model, or another --run folder")
-    if saved["train"]["seed"] != job.train.seed:
-        raise UserError("train.seed", f"is {job.train.seed}, but {path} was saved with {saved['train']['seed']}",
-                        f"write seed = {saved['train']['seed']}, or use another --run folder")
-    if state["data"] != order.fingerprint:
-        raise UserError("data.store", f"is not the text (or weights, or tokenizer) that {path} was trained on",
-                        "use the same store, or another --run folder")
 
 
 def train(run: Run, note: Callable[..., None]) -> bool:
@@ -133,26 +116,27 @@ def train(run: Run, note: Callable[..., None]) -> bool:
         start = time.perf_counter()
         note(step=progress.step + 1, phase="step")
         wish = bool(flag.name) or (run.world.rank == 0 and run.folder.stop.exists())
-        result = train_step(run.trainee, progress, run.order.tokens, wish)
+        result = train_step(run.trainee, progress, run.order.tokens, wish, run.saves.writing)
         stopped = result.stop
+        step_s = time.perf_counter() - start
         if run.metrics is not None:
             numbers = np.arange(result.samples.start, result.samples.stop)
-            run.metrics.step(progress, result, time.perf_counter() - start, run.order.samples_hash(numbers))
+            run.metrics.step(progress, result, step_s, run.order.samples_hash(numbers))
         if progress.skips > job.train.max_skips:
             raise RunError(f"loss or gradient was not finite for {progress.skips} steps in a row (loss {result.loss}, "
                            f"gradient norm {result.grad_norm}); lower optim.lr, or raise train.max_skips")
         if job.data.validate_every and progress.step % job.data.validate_every == 0:
             note(phase="validate")
             validate(run)
-        if job.checkpoint.every and progress.step % job.checkpoint.every == 0:
+        run.saves.after_step(step_s, result.num_writing)
+        if run.saves.due(progress.step):
             note(phase="save")
-            save(run)
+            run.saves.save(progress)
     note(phase="finish")
     done = progress.step >= job.train.steps
     if done and result is not None and not (job.data.validate_every and progress.step % job.data.validate_every == 0):
         validate(run)
-    if run.saved_step != progress.step:
-        save(run)
+    run.saves.last(progress)
     if result is not None:
         _write_timeline(run, result)
     _finish(run, done)
@@ -182,18 +166,6 @@ def validate(run: Run) -> None:
         dist.all_reduce(total, group=run.trainee.groups.everyone)
     if run.metrics is not None:
         run.metrics.validation(run.progress.step, total.item() / num)
-
-
-def save(run: Run) -> None:
-    """Publish a checkpoint set of the current step. Every rank must call."""
-    start, job = time.perf_counter(), run.job
-    shards = {kind: [shard.cpu().numpy() for shard in tensors]
-              for kind, tensors in run.trainee.optimizer.shards().items()}
-    state = {"progress": run.progress.as_dict(), "job": dataclasses.asdict(job), "data": run.order.fingerprint}
-    path = save_set(run.folder.checkpoints, run.progress.step, run.trainee.layout, run.world.rank, run.world.control,
-                    shards, state, job.checkpoint.ranks_per_file, job.checkpoint.keep)
-    run.saved_step = run.progress.step
-    run.say(f"saved {path.name} in {format_seconds(time.perf_counter() - start)}")
 
 
 def _write_timeline(run: Run, result: StepResult) -> None:

@@ -51,6 +51,7 @@ class Metrics:
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = run.metrics.open("a", buffering=1)
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=progress.step + 1)
+        self._num_failed = 0
         self._shown = 0.0
         self._rate = 0.0  # running mean of seconds a token
 
@@ -78,6 +79,15 @@ class Metrics:
         self._write({"step": step, "val_loss": val_loss})
         self._board.add_scalar("val_loss", val_loss, step)
         self.say(f"step {step}: validation loss {val_loss:.4f}")
+
+    def saved(self, step: int, num_bytes: int, save_s: float, stall_s: float) -> None:
+        """Note a published set: how long it took, and how long the loop stood still for it."""
+        self._write({"step": step, "save_s": round(save_s, 6), "stall_s": round(stall_s, 6), "save_bytes": num_bytes})
+
+    def save_failed(self, step: int, why: str) -> None:
+        """Note a failed save, and how many there were since this start."""
+        self._num_failed += 1
+        self._write({"step": step, "save_failed": why, "saves_failed": self._num_failed})
 
     def say(self, text: str) -> None:
         """Print a line of its own."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
+
+from hpcpar.checkpoint.format import step_of
 from hpcpar.checkpoint.verify import latest_set, published_sets
 from hpcpar.config.job import Job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.data.sampler import SampleOrder
 from hpcpar.data.store import TokenStore
 from hpcpar.errors import CheckpointError, UserError
+from hpcpar.layout.parameters import parameter_table
+from hpcpar.parallel.buckets import KINDS
 
 
 def open_order(job: Job) -> SampleOrder:
@@ -37,6 +43,34 @@ def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
     if trained and found is None and not allow_fresh:
         raise UserError(str(folder.path), "was trained in, but holds no valid checkpoint set",
                         "choose another --run folder, or start anew in it with --allow-fresh")
+
+
+def check_space(job: Job, folder: RunFolder) -> None:
+    """Refuse a run whose file system has no room for the sets that it will hold: `keep`, and one more while it saves.
+
+    Sets that are there already count; with keep = 0 (all stay) there must be room for one. A quota is not seen.
+    """
+    place = next(path for path in (folder.checkpoints, *folder.checkpoints.absolute().parents) if path.exists())
+    disk = os.statvfs(place)
+    free, one = disk.f_bavail * disk.f_frsize, set_bytes(job)
+    steps = [step for path in folder.checkpoints.glob("step-*") if (step := step_of(path.name)) is not None]
+    every = 1 if job.checkpoint.every == "auto" else job.checkpoint.every
+    left = job.train.steps - max(steps, default=0)
+    to_come = -(-left // every) if every else 1
+    wanted = min(max(1, job.checkpoint.keep + 1 - len(steps)) if job.checkpoint.keep else 1, to_come)
+    if left <= 0 or free >= wanted * one:
+        return
+    fits = free // one + len(steps) - 1
+    fix = f"write keep = {fits}" if 0 < fits < job.checkpoint.keep else "free space, or choose another --run folder"
+    raise UserError("checkpoint.keep", f"{job.checkpoint.keep} sets, and one more while it is saved, need "
+                    f"{wanted * one / 2**30:.3g} GiB more in {folder.checkpoints} ({one / 2**30:.3g} GiB a set, "
+                    f"{len(steps)} there), but {free / 2**30:.3g} GiB are free", fix)
+
+
+def set_bytes(job: Job) -> int:
+    """Return the bytes of the tensors in a checkpoint set."""
+    itemsize = 8 if job.train.precision == "fp64" else 4
+    return len(KINDS) * itemsize * sum(math.prod(p.shape) for p in parameter_table(job.model))
 
 
 def put_aside(folder: RunFolder) -> None:

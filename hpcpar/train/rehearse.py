@@ -9,28 +9,27 @@ from __future__ import annotations
 import time
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from hpcpar.comm.groups import open_groups
+from hpcpar.comm.silent_backend import silent_world
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.mesh import Coordinates
 from hpcpar.layout.schedule import in_flight
 from hpcpar.parallel.build import build
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.step import Trainee, compute_gradients
+from hpcpar.units import format_bytes, format_seconds
 
 STATES = ("weights", "gradients", "master", "moments")
 
@@ -40,7 +39,8 @@ class Rehearsal:
     """What one step of one rank took.
 
     `memory_bytes` is the peak by category: the states; "activations", what lay between two actions when the peak
-    came; "working", what the action itself had made by then. `flops` and `compute_s` are of the microbatches played.
+    came; "working", what the action itself had made by then. `compute_s` is of
+    the microbatches played, `flops` of one.
     """
 
     at: Coordinates
@@ -58,11 +58,11 @@ class Rehearsal:
 
 def steady_microbatches(layout: Layout, pp_rank: int) -> int:
     """Return how many microbatches hold as much in flight on a stage as a whole step does, and one more."""
-    whole = layout.job.train.global_batch // (layout.mesh.dp_size * layout.job.train.microbatch)
+    whole = layout.num_microbatches
     unit = layout.mesh.pp_size if layout.job.layout.chunks > 1 else 1  # interleaving wants whole rounds
 
     def held(units: int) -> int:
-        return in_flight(layout.program(pp_rank, units * unit))
+        return in_flight(layout.schedule(units * unit).orders[pp_rank])
 
     fewest = bisect_left(range(1, whole // unit + 1), held(whole // unit), key=held) + 1
     return min((fewest + 1) * unit, whole)
@@ -78,12 +78,14 @@ def rehearse(layout: Layout, global_rank: int, device: torch.device, real: bool)
     num_microbatches = steady_microbatches(layout, at.pp_rank)
     ledger = Ledger()
     flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    with _fake_world(layout.mesh.size, global_rank), ExitStack() as modes:
+    with silent_world(layout.mesh.size, global_rank), ExitStack() as modes:
         modes.enter_context(nullcontext() if real else FakeTensorMode())
         with ledger:
             trainee = _make(layout, global_rank, device, ledger)
-        with flops, ledger:
+        with ledger:
             _play(trainee, num_microbatches)
+        with flops:  # apart: it keeps recomputed tensors alive
+            _play(trainee, 1)
         compute_s, update_s = _play(trainee, num_microbatches) if real else (0.0, 0.0)
     states = state_bytes(trainee.optimizer)
     memory = {**states, "activations": ledger.peak_before - sum(states.values()),
@@ -155,16 +157,6 @@ _CPU_ATTENTION = {
 }
 
 
-@contextmanager
-def _fake_world(size: int, global_rank: int) -> Iterator[None]:
-    """Be one rank of a world that does not exist: torch's fake backend takes all calls and carries nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=global_rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def _make(layout: Layout, global_rank: int, device: torch.device, ledger: Ledger) -> Trainee:
     groups = open_groups(layout.mesh, global_rank)
     pipeline, optimizer = build(layout, groups, device, ledger.begin)
@@ -190,3 +182,23 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def describe(layout: Layout, played: Rehearsal) -> str:
+    """Tell a rehearsal in words."""
+    at, job = played.at, layout.job
+    layers = layout.stages[at.pp_rank]
+    lines = [
+        f"rank {layout.mesh.rank(at)} of {layout.mesh.size} ({at}): {len(layers)} layers of {job.model.layers}, "
+        f"{played.num_microbatches} of {layout.num_microbatches} microbatches played, "
+        f"{'with tensors' if played.compute_s else 'on shapes only'}",
+        *(f"  {category:<14}{format_bytes(num_bytes):>12}" for category, num_bytes in played.memory_bytes.items()),
+        f"  {'peak':<14}{format_bytes(played.peak_bytes):>12}",
+        f"arithmetic    {played.flops / 1e12:.3f} TFLOP a microbatch, "
+        f"{played.flops * layout.num_microbatches / 1e12:.1f} a step",
+    ]
+    if played.compute_s:
+        rate = played.flops * played.num_microbatches / played.compute_s / 1e12
+        lines.append(f"computing     {format_seconds(played.compute_s / played.num_microbatches)} a microbatch "
+                     f"({rate:.2f} TFLOP/s), update {format_seconds(played.update_s)}; no message, no bubble")
+    return "\n".join(lines)

@@ -42,28 +42,31 @@ class StepResult:
     samples: range
     skipped: bool
     stop: bool
+    num_writing: int  # ranks whose checkpoint writer was at work when the step began
     played: Played
 
 
-def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool = False) -> StepResult:
+def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool = False,
+               writing: bool = False) -> StepResult:
     """Take one optimizer step and advance `progress`; every rank must call.
 
-    `stop` is this rank's wish to stop: any rank's wish comes back to all of them, in the same small all-reduce that
-    carries loss and gradient norm. A non-finite loss or norm leaves weights and moments untouched on all ranks alike.
+    `stop` is this rank's wish to stop, `writing` says that its checkpoint writer is at work: what the ranks say comes
+    back to all of them, in the same small all-reduce that carries loss and gradient norm. A non-finite loss or norm
+    leaves weights and moments untouched on all ranks alike.
     """
-    layout, job = trainee.layout, trainee.layout.job
+    job = trainee.layout.job
     batch = batch_size(job, progress.samples)
     samples = range(progress.samples, progress.samples + batch)
     factor, at = job.train.microbatch / batch, trainee.groups.at
     played = compute_gradients(trainee, tokens, samples, progress.step, factor * progress.loss_scale)
-    mine = torch.zeros(3, dtype=torch.float64, device=trainee.device)
+    mine = torch.zeros(4, dtype=torch.float64, device=trainee.device)
     mine[0] = trainee.optimizer.norm_squared()
-    if at.pp_rank == layout.mesh.pp_size - 1 and at.tp_rank == 0:
+    if played.losses and at.tp_rank == 0:
         mine[1] = torch.stack(played.losses).sum() * factor
-    mine[2] = float(stop)
+    mine[2], mine[3] = float(stop), float(writing)
     if trainee.groups.everyone is not None:
         dist.all_reduce(mine, group=trainee.groups.everyone)
-    norm_squared, loss, stops = mine.tolist()
+    norm_squared, loss, stops, num_writing = mine.tolist()
     grad_norm = math.sqrt(norm_squared) / progress.loss_scale if norm_squared >= 0 else math.nan
     lr = learning_rate(job.optim, progress.step)
 
@@ -77,19 +80,18 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
         progress.updated(scaled=job.train.precision == "fp16")
     progress.step += 1
     progress.samples += batch
-    return StepResult(loss, grad_norm, lr, samples, skipped, stops > 0, played)
+    return StepResult(loss, grad_norm, lr, samples, skipped, stops > 0, int(num_writing), played)
 
 
 def compute_gradients(trainee: Trainee, tokens: Tokens, samples: range, step: int, loss_factor: float) -> Played:
     """Play the pipeline on a batch of sample numbers, and sum its gradients over all ranks that share them."""
-    layout, optimizer = trainee.layout, trainee.optimizer
-    size = layout.job.train.microbatch
-    program = layout.program(trainee.groups.at.pp_rank, len(samples) // (layout.mesh.dp_size * size))
-    optimizer.begin()
-    played = trainee.pipeline.play(program, lambda m: read_microbatch(trainee, tokens, samples, m, step), size,
-                                   loss_factor, optimizer.arm)
+    layout, size = trainee.layout, trainee.layout.job.train.microbatch
+    num_microbatches = len(samples) // (layout.mesh.dp_size * size)
+    trainee.optimizer.begin(num_microbatches)
+    played = trainee.pipeline.play(layout.program(trainee.groups.at.pp_rank, num_microbatches),
+                                   lambda m: read_microbatch(trainee, tokens, samples, m, step), size, loss_factor)
     trainee.pipeline.note("reduce")
-    optimizer.finish_reduction()
+    trainee.optimizer.finish_reduction()
     return played
 
 

@@ -78,5 +78,5 @@ def test_a_validation_only_goes_forward(pp: int) -> None:
     programs = [layout.forward_program(stage, 5) for stage in range(pp)]
     check_programs(programs)
     for program in programs:
-        assert [m for kind, m in program if kind is Kind.FORWARD] == list(range(5))
-        assert not {Kind.BACKWARD, Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD} & {kind for kind, _ in program}
+        assert [m for kind, m, _ in program if kind is Kind.FORWARD] == list(range(5))
+        assert not {Kind.BACKWARD, Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD} & {kind for kind, *_ in program}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpcpar.checkpoint.verify import latest_set
+from hpcpar.checkpoint.verify import latest_set, published_sets, verify_set
 from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import RunError, UserError
@@ -104,10 +104,10 @@ def test_a_stop_file_saves_and_stops(world, store, folder, monkeypatch):
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(world, store, folder, monkeypatch):
     original = ShardedOptimizer.begin
 
-    def begin(self):
+    def begin(self, num_microbatches):
         if world.rank == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
-        original(self)
+        original(self, num_microbatches)
 
     monkeypatch.setattr(ShardedOptimizer, "begin", begin)
     done, run = run_once(world, make_job(store, layout={"tp": 2}), folder)
@@ -118,15 +118,19 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(world, store, folder, m
 
 def poison(monkeypatch, world, rank, steps):
     """Put a NaN into one rank's gradients at some steps."""
-    original, taken = ShardedOptimizer.arm, [0]
+    begin, reduce, taken = ShardedOptimizer.begin, ShardedOptimizer._reduce, [0]
 
-    def arm(self):
+    def counted(self, num_microbatches):
         taken[0] += 1
-        if world.rank == rank and taken[0] in steps:
-            self.buckets[0].grads[0] = float("nan")
-        original(self)
+        begin(self, num_microbatches)
 
-    monkeypatch.setattr(ShardedOptimizer, "arm", arm)
+    def poisoned(self, flat):
+        if world.rank == rank and taken[0] in steps:
+            flat.grads[0] = float("nan")
+        reduce(self, flat)
+
+    monkeypatch.setattr(ShardedOptimizer, "begin", counted)
+    monkeypatch.setattr(ShardedOptimizer, "_reduce", poisoned)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp16"])
@@ -176,3 +180,30 @@ def test_batch_ramp_takes_the_same_samples_on_any_layout(world, store, folder):
         if world.rank == 0:
             assert list(np.diff([0, *tokens.values()])) == [8 * 16, 8 * 16, 8 * 16, 16 * 16]
     assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"pp": 2, "zero": 0}])
+def test_asynchronous_sets_are_those_of_synchronous_saves(world, store, folder, layout):
+    found = []
+    for asynchronous in (True, False):
+        one = RunFolder(folder.path / str(asynchronous))
+        one.create()
+        world.control.barrier()
+        job = make_job(store, layout=layout, checkpoint={"every": 2, "asynchronous": asynchronous, "ranks_per_file": 3})
+        done, run = run_once(world, job, one)
+        assert done and run.saves.saved_step == 6
+        assert figures(one, "save_bytes").keys() == {2, 4, 6}
+        found.append([[file for file in verify_set(path).files if file.boxes]
+                      for path in published_sets(one.checkpoints)])
+        world.control.barrier()
+    assert len(found[0]) == 3 and found[0] == found[1]  # sizes, checksums, boxes
+
+
+def test_all_ranks_agree_on_an_automatic_interval(world, store, folder):
+    job = make_job(store, train={"steps": 25}, checkpoint={"every": "auto", "keep": 0}, machine={"mtbf_h": 0.001},
+                   data={"validate_every": 0})
+    done, run = run_once(world, job, folder)
+    rhythms = world.control.all_gather((run.saves.saved_step, run.saves._rhythm.next_step))
+    assert done and len(set(rhythms)) == 1
+    assert verify_set(published_sets(folder.checkpoints)[0]).step == 10
+    world.control.barrier()
