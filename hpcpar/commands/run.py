@@ -6,6 +6,7 @@ import argparse
 import logging
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpcpar.commands.command import Command, Words, job_argument, run_argument, run_folder
 from hpcpar.config.load import load_job, override, to_toml
@@ -13,6 +14,9 @@ from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
+
+if TYPE_CHECKING:
+    from hpcpar.comm.bootstrap import World
 
 GO_ON = 75  # stopped cleanly and wants to go on
 
@@ -24,6 +28,9 @@ def commands() -> list[Command]:
         Command("train", "train a job, alone or under mpirun/srun; goes on from the last set", _train, [
             job_argument(), run_argument(),
             ("--allow-fresh", {"action": "store_true", "help": "start anew in a folder without a valid set"}),
+            ("--rewind-to", {"type": int, "metavar": "STEP", "help": "go on from this older set; later ones are moved "
+                                                                     "aside"}),
+            ("--skip-samples", {"metavar": "A:B", "help": "never train on these sample numbers"}),
         ], overrides=True),
         Command("show", "print a job's layout, or a run's state, without starting ranks", _show, [
             ("job", {"help": "a job file or a run folder"}),
@@ -65,15 +72,33 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
         put_aside(folder)
     world.control.barrier()
     folder.create()
+    if args.rewind_to is not None or args.skip_samples:
+        _rewind(folder, args, world)
     logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
                         format="%(asctime)s %(levelname)s %(message)s")
-    with Watch.start(folder, world.control, world.host, Layout(job).mesh, world.abort) as watch:
+    with Watch.start(folder, world.control, world.host, Layout(job).mesh, world.abort, job.health) as watch:
         watch.note(phase="start")
         open_process_group(world)
         run = start_run(job, world, folder, order, surroundings.live, lambda action: watch.note(action=action))
+        run.waited_s = lambda: watch.recorder.waited_s
         logging.info("bootstrap: %s", ", ".join(f"{k} {v:.3f} s" for k, v in world.seconds.items()))
         done = train(run, watch.note)
     return 0 if done else GO_ON
+
+
+def _rewind(folder: RunFolder, args: argparse.Namespace, world: World) -> None:
+    """Let rank 0 carry out --rewind-to and --skip-samples; a mistake is raised on all ranks."""
+    from hpcpar.train.rewind import rewind
+
+    mistake = None
+    if world.rank == 0:
+        try:
+            print(rewind(folder, args.rewind_to, args.skip_samples), flush=True)
+        except UserError as error:
+            mistake = (error.where, error.rule, error.fix)
+    mistake = world.control.broadcast(mistake)
+    if mistake:
+        raise UserError(*mistake)
 
 
 def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:

@@ -30,6 +30,9 @@ class Model:
     dropout: float = option(0.0, "dropout on embeddings and residuals", 0)
     init_std: float = option(0.02, "standard deviation of the initial weights", 0)
     rope_theta: float = option(10000.0, "base of the rotary frequencies", 1)
+    qk_norm: bool = option(False, "queries and keys are scaled to unit mean square a head (no weights)")
+    z_loss: float = option(0.0, "weight of the mean squared log-normaliser in the gradient, e.g. 1e-4", 0)
+    embedding_grad: float = option(1.0, "factor on the gradient of the embedding look-up, e.g. 0.1", 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Train:
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = option("bf16", "parameters and activations; bf16 and fp16 "
                                                                         "keep fp32 master weights")
     seed: int = option(1, "of weights, sample order and dropout", 0)
-    max_skips: int = option(20, "non-finite steps skipped in a row before the run fails", 0)
+    max_skips: int = option(20, "bad steps in a row, or rollbacks in all, before the run fails", 0)
     compile: bool = option(False, "torch.compile the layers' compute")
 
 
@@ -82,6 +85,17 @@ class Optim:
     decay_steps: int | None = option(None, "step at which the cosine reaches min_lr; default: train.steps", 0)
     ramp: tuple[int, int, int] | None = option(None, "batch ramp: start and increment (sequences), over samples")
     loss_scale: float = option(65536.0, "first loss scale (fp16 only)", 1)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What protects the weights from a bad step, beyond skipping those that are not finite."""
+
+    spike: float = option(0.0, "robust z-score of loss or gradient norm above which a step is bad; 0 = none", 0)
+    window: int = option(64, "updates that a step is held against", 4)
+    on_spike: Literal["skip", "rollback"] = option("skip", "leave the update out, or return to the last checkpoint "
+                                                           "and leave the bad samples out")
+    check_replicas_every: int = option(100, "steps between comparisons of replicated weights; 0 = never", 0)
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Health:
+    """When a rank that gives no sign of life is taken for stuck, by what it is doing."""
+
+    step_limit_s: float = option(300.0, "seconds without progress inside a step", 1)
+    start_limit_s: float = option(1800.0, "the same while starting and in the first step, which may compile", 1)
+    save_limit_s: float = option(1800.0, "the same while saving, validating and finishing", 1)
+
+
+@dataclass(frozen=True)
 class Machine:
     """The machine that the job is meant for."""
 
@@ -125,8 +148,16 @@ class Submit:
     account: str = option("", "Slurm account")
     mpi: str = option("pmi2", "srun --mpi; pip's mpich wants pmi2")
     cpus_per_task: int = option(1, "cores a rank", 1)
-    exclude: tuple[str, ...] = option((), "hosts not to use")
+    exclude: tuple[str, ...] = option((), "nodes not to use")
     setup: tuple[str, ...] = option((), "shell lines before the run (modules, environment)")
+    constraint: str = option("", "features that a node must have (sbatch --constraint)")
+    gres: str = option("", "how the cluster calls its GPUs, such as gpu:a100; default: --gpus-per-node")
+    container: str = option("", "words before python3 on every rank, such as apptainer exec --nv IMAGE")
+    max_walltime_min: int | None = option(None, "longest time limit that the cluster gives; default: ask Slurm", 1)
+    stage_env: bool = option(False, "pack the Python environment once and unpack it on every node's own disk")
+    local_dir: str = option("/tmp", "a folder on every node's own disk (shell variables allowed)")
+    elastic: bool = option(False, "take fewer nodes where some are missing, at a smaller dp")
+    retries: int = option(3, "starts in a row that save nothing new before a failing run is given up", 0)
 
 
 @dataclass(frozen=True)
@@ -137,8 +168,10 @@ class Job:
     layout: LayoutWish = field(default_factory=LayoutWish)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
+    stability: Stability = field(default_factory=Stability)
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    health: Health = field(default_factory=Health)
     machine: Machine = field(default_factory=Machine)
     submit: Submit = field(default_factory=Submit)
 

@@ -16,8 +16,10 @@ from hpcpar.config.job import Job
 from hpcpar.errors import UserError, did_you_mean
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Read a job file, its `base`, and `--table.key value` overrides (in this order of strength).
+def load_job(path: str | Path, overrides: Sequence[str] = (), cluster: Path | None = None) -> Job:
+    """Read `base`, the job file, a cluster profile and `--table.key value` overrides (in this order of strength).
+
+    A cluster profile is a job file of which only [machine] and [submit] may be written.
 
     Raises UserError for an unreadable file, an unknown key (with a did-you-mean) or a value of the wrong type.
     """
@@ -30,6 +32,12 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         if "base" in beneath:
             raise UserError(str(base), "has a base of its own; one level is allowed", "copy its values")
         tables = {**beneath, **{key: _under(beneath.get(key, {}), above) for key, above in tables.items()}}
+    if cluster is not None:
+        for name, table in _read(cluster).items():
+            if name not in ("machine", "submit"):
+                raise UserError(str(cluster), f"has {name}, but a cluster profile says where a job runs, not what "
+                                "it is", "keep [machine] and [submit]")
+            tables[name] = _under(tables.get(name, {}), table)
     for dotted, value in parse_overrides(overrides).items():
         table, _, key = dotted.partition(".")
         tables[table] = _under(tables.get(table, {}), {key: value})
@@ -50,7 +58,8 @@ def override(job: Job, **changes: Mapping[str, Any]) -> Job:
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """Turn ["--layout.tp", "4", "--optim.lr=1e-4"] into {"layout.tp": 4, "optim.lr": 1e-4}."""
-    hints = {f"{t}.{f.name}" for t, s in typing.get_type_hints(Job).items() for f in dataclasses.fields(s)}
+    hints = {f"{table}.{key}": hint for table, section in typing.get_type_hints(Job).items()
+             for key, hint in typing.get_type_hints(section).items()}
     found: dict[str, Any] = {}
     rest = list(words)
     while rest:
@@ -66,7 +75,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name}", "has no value", f"write --{name} VALUE")
             text = rest.pop(0)
-        found[name] = _toml_value(text)
+        found[name] = _toml_value(hints[name], text)
     return found
 
 
@@ -116,11 +125,17 @@ def _toml_text(value: Any) -> str:
     return "".join(c if c < "\x7f" else f"\\U{ord(c):08x}" for c in text)
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(hint: Any, text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string: --train.precision bf16
+        value = text  # a bare word is a string: --train.precision bf16
+    if _convert(hint, value) is not None:
+        return value
+    if _convert(hint, text) is not None:
+        return text  # digits where text is wanted: --submit.account 1234
+    words = text.split(",")
+    return words if _convert(hint, words) is not None else value  # --submit.exclude node7,node9
 
 
 def _known(table: Any, known: Mapping[str, Any], where: str) -> None:

@@ -23,9 +23,24 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def journal(self) -> Path:
+        """One JSON line a start, and a clean end."""
+        return self.path / "journal.jsonl"
+
+    @property
     def logs(self) -> Path:
         """One text file a rank."""
         return self.path / "logs"
+
+    @property
+    def watch(self) -> Path:
+        """What the hosts' witnesses tell one another."""
+        return self.logs / "watch"
+
+    @property
+    def hosts(self) -> Path:
+        """Which rank runs on which host."""
+        return self.watch / "hosts.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -43,6 +58,11 @@ class RunFolder:
         return self.path / "STOP"
 
     @property
+    def rewinds(self) -> Path:
+        """What was asked of --rewind-to and --skip-samples, a JSON line each."""
+        return self.path / "rewinds.jsonl"
+
+    @property
     def timeline(self) -> Path:
         """What every stage did when, in the last step."""
         return self.path / "timeline.json"
@@ -51,7 +71,14 @@ class RunFolder:
         """A rank's log."""
         return self.logs / f"rank-{global_rank:05d}.log"
 
+    @property
+    def submission(self) -> Path:
+        """What submission keeps: the job as submitted, frozen code, scripts, starts."""
+        return self.path / "submit"
+
     def create(self) -> None:
-        """Make the folder and its parts."""
-        for folder in (self.path, self.logs, self.checkpoints):
+        """Make the folder, which only its owner may enter, and its parts."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        for folder in (self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Learning rate and batch size as pure functions of the step and of the samples seen."""
+"""Learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 
-from hpcpar.config.job import Job, Optim, required
+from hpcpar.config.job import Optim, required
 
 
 def learning_rate(optim: Optim, step: int) -> float:
@@ -16,27 +16,3 @@ def learning_rate(optim: Optim, step: int) -> float:
         return optim.min_lr
     progress = (step - optim.warmup_steps) / max(1, decay_steps - optim.warmup_steps)
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def batch_size(job: Job, samples: int) -> int:
-    """Return the global batch (sequences) of a step that starts after `samples` sequences.
-
-    With a ramp [start, increment, over] the batch grows from start to global_batch in equal shares of `over`
-    sequences (GPT-3, section 2.3: "gradually increase the batch size linearly").
-    """
-    if job.optim.ramp is None:
-        return job.train.global_batch
-    start, increment, over = job.optim.ramp
-    increments = (job.train.global_batch - start) // increment
-    if samples >= over or increments == 0:
-        return job.train.global_batch
-    return start + samples * increments // over * increment
-
-
-def samples_before(job: Job, step: int) -> int:
-    """Return how many sequences the steps before `step` take. Cost: O(steps inside the ramp)."""
-    samples = done = 0
-    while done < step and batch_size(job, samples) != job.train.global_batch:
-        samples += batch_size(job, samples)
-        done += 1
-    return samples + (step - done) * job.train.global_batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpcpar.config.job import Job
+from hpcpar.config.job import Job, required
 from hpcpar.config.load import override
 from hpcpar.config.resolve import resolve
 from hpcpar.errors import UserError
@@ -23,9 +23,12 @@ class SubmitSpec:
     signal_lead_s: int  # the ranks are told this long before the time limit
     partition: str
     account: str
+    constraint: str
+    gres: str
     exclude: tuple[str, ...]
     setup: tuple[str, ...]
     srun_args: tuple[str, ...]
+    min_nodes: int  # fewer than `nodes` where the job is elastic
 
     @property
     def num_tasks(self) -> int:
@@ -65,6 +68,33 @@ def _nearest_fix(job: Job, replica: int) -> str:
     return "give " + " or ".join(fixes)
 
 
+def for_fewer_nodes(job: Job, nodes: int) -> Job | None:
+    """Return a resolved job with the largest legal dp that `nodes` whole nodes hold, or None if there is none.
+
+    The global batch stays, so the same samples make the same steps; only microbatches a replica grow.
+    """
+    a_node, replica = job.machine.gpus_per_node, job.layout.tp * job.layout.pp * job.layout.cp
+    for dp in range(min(required(job.layout.dp), nodes * a_node // replica), 0, -1):
+        if dp * replica % a_node:
+            continue
+        smaller = override(job, layout={"dp": dp}, machine={"nodes": dp * replica // a_node})
+        try:
+            return resolve(smaller)
+        except UserError:
+            continue  # this dp does not divide the batch, or the ramp
+    return None
+
+
+def fewest_nodes(job: Job) -> int:
+    """Return the least number of nodes that an elastic job takes: those of the smallest dp of at least half."""
+    legal = job
+    while (smaller := for_fewer_nodes(legal, legal.machine.nodes - 1)) is not None:
+        if 2 * required(smaller.layout.dp) < required(job.layout.dp):
+            break
+        legal = smaller
+    return legal.machine.nodes
+
+
 def submit_spec(job: Job, name: str) -> SubmitSpec:
     """Return what to ask Slurm for, for a job that `resolve_for_nodes` returned."""
     wish, walltime_s = job.submit, 60 * job.submit.walltime_min
@@ -79,8 +109,23 @@ def submit_spec(job: Job, name: str) -> SubmitSpec:
         signal_lead_s=min(max(60, min(600, walltime_s // 10)), walltime_s // 2),
         partition=wish.partition,
         account=wish.account,
+        constraint=wish.constraint,
+        gres=wish.gres,
         exclude=wish.exclude,
         setup=wish.setup,
-        # one dead rank ends the step; srun does not take over sbatch's --cpus-per-task since Slurm 22.05
-        srun_args=(f"--mpi={wish.mpi}", "--kill-on-bad-exit=1", f"--cpus-per-task={wish.cpus_per_task}"),
+        srun_args=srun_args(job),
+        min_nodes=fewest_nodes(job) if wish.elastic else job.machine.nodes,
+    )
+
+
+def srun_args(job: Job) -> tuple[str, ...]:
+    """Return what srun needs besides what it takes over from sbatch."""
+    return (
+        f"--mpi={job.submit.mpi}",
+        "--kill-on-bad-exit=1",  # one dead rank ends the step
+        "--distribution=block",  # consecutive ranks on a node: tp stays inside it, whatever the site's default
+        f"--cpus-per-task={job.submit.cpus_per_task}",  # not taken over from sbatch since Slurm 22.05
+        # All GPUs of the node stay visible and a rank takes the one of its local rank: bound one by one (by cgroups),
+        # NCCL could not use NVLink between them
+        *(() if job.machine.gpu == "cpu" else ("--gpu-bind=none",)),
     )

@@ -12,12 +12,13 @@ from torch import Tensor
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
+from hpcpar.config.ramp import batch_size
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.parameters import parameter_table
 from hpcpar.nn.dropout import draw_for
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
-from hpcpar.optim.schedules import batch_size, learning_rate
+from hpcpar.optim.schedules import learning_rate
 from hpcpar.parallel.buckets import FlatBucket
 from hpcpar.parallel.build import build, initialise
 from hpcpar.train.state import Progress

@@ -28,6 +28,7 @@ from hpcpar.layout.mesh import Coordinates
 from hpcpar.layout.schedule import in_flight
 from hpcpar.parallel.build import build
 from hpcpar.parallel.zero import ShardedOptimizer
+from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, compute_gradients
 from hpcpar.units import format_bytes, format_seconds
 
@@ -170,7 +171,7 @@ def _play(trainee: Trainee, num_microbatches: int) -> tuple[float, float]:
     rows = np.random.default_rng(0).integers(0, model.vocab, (size, model.seq + 1))
     samples = range(num_microbatches * layout.mesh.dp_size * size)
     start = _now(trainee.device)
-    compute_gradients(trainee, lambda numbers: rows, samples, 0, 1.0)
+    compute_gradients(trainee, Progress(), lambda numbers: rows, samples, 1.0)
     middle = _now(trainee.device)
     trainee.pipeline.note("update")
     trainee.optimizer.norm_squared()

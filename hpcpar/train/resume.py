@@ -41,6 +41,8 @@ _NO_STATE = Rule(True, "touches nothing that is saved")
 RULES: tuple[tuple[str, Rule], ...] = (
     ("model.dropout", Rule(True, "applies from the next step; its numbers are a function of seed, step and element")),
     ("model.init_std", Rule(True, "was used once, for the first weights")),
+    ("model.z_loss", Rule(True, "a term of the gradient from the next step on")),
+    ("model.embedding_grad", Rule(True, "a factor on a gradient from the next step on")),
     ("model", Rule(False, "the saved tensors are of another network")),
     ("layout", Rule(True, "a set holds boxes of whole tensors: each rank reads the boxes of its own layout")),
     ("train.seed", Rule(False, "sample order and dropout are functions of it")),
@@ -57,6 +59,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.validation", Rule(False, "moves the border between training and held-out text")),
     ("data", _NO_STATE),
     ("checkpoint", _NO_STATE),
+    ("stability", _NO_STATE),
+    ("health", _NO_STATE),
     ("machine", _NO_STATE),
     ("submit", _NO_STATE),
 )

@@ -43,6 +43,20 @@ def test_all_ordered_pairs_of_twelve_layouts_are_bit_equal(model: dict, stride: 
                     assert_equal(load_shards(path, target, rank, "float32", verify=False), shards[rank])
 
 
+@pytest.mark.parametrize("model", [{**GPT, "layers": 5}, LLAMA], ids=["gpt", "llama"])
+def test_schedules_and_chunks_leave_no_trace(model: dict, tmp_path: Path) -> None:
+    """A set saved with chunks in a loop, in a V or with none loads into each of them."""
+    wishes = [{}, {"schedule": "interleaved", "chunks": 2}, {"schedule": "zbv", "chunks": 2},
+              {"schedule": "breadth-first", "chunks": 2, "zero": 0}, {"schedule": "zero-bubble"}]
+    layouts = [make_layout(model, 2, 2, 2, **wish) for wish in wishes]
+    assert len({layout.stages[0] for layout in layouts}) == 3  # a run of layers, every other run, or the two ends
+    for number, source in enumerate(layouts):
+        path = save(tmp_path, number, source)
+        for target in layouts:
+            for rank in range(8):
+                assert_equal(load_shards(path, target, rank, "float32", verify=False), shards_of(target, rank))
+
+
 def test_a_cast_is_the_stated_one(tmp_path: Path) -> None:
     layout = make_layout(GPT, 2)
     path = save(tmp_path, 1, layout, "float64")

@@ -20,7 +20,8 @@ FIELDS = [(table, f) for table, section in typing.get_type_hints(Job).items() fo
 # one value for every option, none of them the default
 UNUSUAL: dict[str, dict[str, Any]] = {
     "model": {"kind": "llama", "layers": 7, "hidden": 96, "heads": 6, "kv_heads": 3, "ffn": 77, "seq": 33, "vocab": 91,
-              "tied": False, "dropout": 0.25, "init_std": 0.125, "rope_theta": 5e5},
+              "tied": False, "dropout": 0.25, "init_std": 0.125, "rope_theta": 5e5, "qk_norm": True, "z_loss": 1e-4,
+              "embedding_grad": 0.1},
     "layout": {"tp": 3, "pp": 2, "dp": 5, "cp": 2, "ep": 4, "chunks": 2, "schedule": "gpipe", "zero": 0,
                "table": ("0F0", "1F0"), "sequence_parallel": False, "recompute": "selective", "bucket_mib": 0.5},
     "train": {"global_batch": 60, "microbatch": 2, "steps": 17, "precision": "fp64", "seed": 12345678901234567,
@@ -30,9 +31,13 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "data": {"store": (("a b/\u4e2d\U0001f600\x7f", 1.0), ('quo"te\\', 2.5)), "validation": 0.5, "validate_every": 3,
              "validate_samples": 7},
     "checkpoint": {"every": "auto", "keep": 0, "keep_every": 90, "asynchronous": False, "ranks_per_file": 4},
+    "stability": {"spike": 8.0, "window": 20, "on_spike": "rollback", "check_replicas_every": 7},
+    "health": {"step_limit_s": 2.5, "start_limit_s": 3.5, "save_limit_s": 4.5},
     "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4, "mtbf_h": 77.5},
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
-               "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'")},
+               "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'"), "constraint": "ib&a100",
+               "gres": "gpu:a100", "container": "apptainer exec a.sif", "max_walltime_min": 60, "stage_env": True,
+               "local_dir": "/scratch", "elastic": True, "retries": 0},
 }
 
 
@@ -138,6 +143,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
     (["--data.store", "/data/with=equals"], "data", "store", "/data/with=equals"),
     (["--data.store", '[["a", 1], ["b", 2.5]]'], "data", "store", (("a", 1.0), ("b", 2.5))),
     (["--submit.exclude", '["n1"]'], "submit", "exclude", ("n1",)),
+    (["--submit.exclude", "n1,n2"], "submit", "exclude", ("n1", "n2")),
+    (["--submit.account", "1234"], "submit", "account", "1234"),
+    (["--submit.partition", "true"], "submit", "partition", "true"),
+    (["--data.store", "2026"], "data", "store", "2026"),
     (["--layout.tp", "2", "--layout.tp", "8"], "layout", "tp", 8),
 ])
 def test_overrides_and_their_types(tmp_path: Path, words: list[str], table: str, key: str, value: Any) -> None:
@@ -145,6 +154,15 @@ def test_overrides_and_their_types(tmp_path: Path, words: list[str], table: str,
     found = getattr(getattr(job, table), key)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_cluster_profile_is_stronger_than_the_file_and_weaker_than_a_flag(tmp_path: Path) -> None:
+    job = write(tmp_path, '[machine]\nnodes = 7\n[submit]\naccount = "file"\npartition = "file"\n')
+    cluster = write(tmp_path, '[submit]\naccount = "profile"\npartition = "profile"\n', "cluster.toml")
+    loaded = load_job(job, ["--submit.partition", "flag"], cluster)
+    assert (loaded.machine.nodes, loaded.submit.account, loaded.submit.partition) == (7, "profile", "flag")
+    with pytest.raises(UserError, match=r"has train, but a cluster profile .* keep \[machine\] and \[submit\]"):
+        load_job(job, [], write(tmp_path, "[train]\nsteps = 1\n", "wrong.toml"))
 
 
 @pytest.mark.parametrize(("words", "message"), [

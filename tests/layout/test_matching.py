@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from hpcpar.errors import HpcparError
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.matching import Does, Matched, Move, match, moves_of_layout
 from hpcpar.layout.traffic import Call, Traffic
-from tests.parity.jobs import all_pairs, job_of, name_of
+from tests.parity.jobs import SCHEDULES, all_pairs, job_of, name_of
 
 PLAIN = {"schedule": "1f1b", "sequence_parallel": True, "tied": True, "kind": "gpt", "vocab": 61, "spare_layers": 1,
          "kv_heads": 8, "clip": 0.05, "accumulation": 4, "recompute": "none", "dropout": 0.1, "zero": 1, "ramp": False}
@@ -23,6 +25,16 @@ def test_every_layout_of_the_parity_suite_matches(choice):
              num)) for rank in range(layout.mesh.size)]
     assert found.num_calls == sum(len(calls) for calls in steps)
     assert found.num_messages == sum(call.op == "send" for calls in steps for call in calls)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2), (2, 8, 1)], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_matches(schedule, mesh):
+    layout = Layout(job_of({**PLAIN, "schedule": schedule, "mesh": mesh}))
+    num = layout.num_microbatches
+    found = match(layout.mesh, moves_of_layout(layout, num))
+    crossings = sum(a != b for a, b in pairwise(layout.chunk_ranks))
+    assert found.num_messages == mesh[0] * mesh[2] * (2 * num * crossings + 2 * layout.tied_across_stages)
 
 
 def world(change):

@@ -25,6 +25,16 @@ def test_spare_layers_go_to_the_middle_first() -> None:
     assert [len(s) for s in split_layers(3, (0, 1))] == [2, 1]
 
 
+@pytest.mark.parametrize("ranks", [(0, 1, 2, 0, 1, 2), (0, 1, 2, 2, 1, 0), (0, 1, 1, 0)], ids=str)
+def test_ranks_share_the_layers_of_their_chunks_evenly(ranks: tuple[int, ...]) -> None:
+    for num_layers in range(len(ranks), 30):
+        chunks = split_layers(num_layers, ranks)
+        assert [number for chunk in chunks for number in chunk] == list(range(num_layers))
+        assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
+        load = [sum(len(c) for c, home in zip(chunks, ranks, strict=True) if home == rank) for rank in set(ranks)]
+        assert max(load) - min(load) <= 1
+
+
 @pytest.mark.parametrize("kind", ["gpt", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5])

@@ -8,8 +8,9 @@ import pytest
 
 from hpcpar.config.job import Job, Optim
 from hpcpar.config.load import job_from_tables
+from hpcpar.config.ramp import batch_size, samples_before
 from hpcpar.config.resolve import resolve
-from hpcpar.optim.schedules import batch_size, learning_rate, samples_before
+from hpcpar.optim.schedules import learning_rate
 
 
 def job(global_batch: int, ramp: tuple[int, int, int] | None) -> Job:

@@ -29,7 +29,11 @@ FACTORS: dict[str, list[Any]] = {
     "dropout": [0.0, 0.1],
     "zero": [1, 0],
     "ramp": [False, True],
+    "z_loss": [0.0, 0.01],
+    "qk_norm": [False, True],
+    "embedding_grad": [1.0, 0.1],
 }
+STABILISERS = ("z_loss", "qk_norm", "embedding_grad")
 Choice = dict[str, Any]
 SCHEDULES = ["1f1b", "gpipe", "interleaved", "breadth-first", "zero-bubble", "zbv", "dualpipev"]
 CHUNKS = {"interleaved": 2, "breadth-first": 2, "zbv": 2, "dualpipev": 2}
@@ -80,7 +84,8 @@ def job_of(choice: Choice, precision: str = "fp64") -> Job:
         Job(),
         model={"kind": choice["kind"], "layers": max(2, pp * chunks) + choice["spare_layers"], "hidden": 32, "heads": 8,
                "ffn": 48, "seq": 8, "kv_heads": choice["kv_heads"], "vocab": choice["vocab"], "tied": choice["tied"],
-               "dropout": choice["dropout"], "init_std": 0.1},
+               "dropout": choice["dropout"], "init_std": 0.1,
+               **{name: choice[name] for name in STABILISERS if name in choice}},
         layout={"tp": tp, "pp": pp, "dp": dp, "schedule": choice["schedule"], "chunks": chunks, "zero": choice["zero"],
                 "sequence_parallel": choice["sequence_parallel"], "recompute": choice["recompute"],
                 "bucket_mib": 0.02},

@@ -1,155 +1,22 @@
-"""Submission to a real Slurm: slurm/local-cluster.sh brings it up for this file, and it is stopped afterwards."""
+"""Submission to a real Slurm, with a light door instead of training: who is started where, what comes after."""
 
 import json
 import os
-import shutil
-import socket
-import subprocess
+import pickle
+import pickletools
 import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-import hpcpar
+from hpcpar.config.load import load_job
+from hpcpar.errors import UserError
+from hpcpar.submit.slurm import submit
+from hpcpar.submit.tasks import TrainTask
 
 pytestmark = pytest.mark.slurm
-ROOT = Path(hpcpar.__file__).parent.parent
-CLUSTER = ROOT / "slurm/local-cluster.sh"
-JOB = """
-[model]
-layers = 2
-hidden = 64
-heads = 2
-[layout]
-tp = 2
-dp = 2
-[train]
-global_batch = 4
-[machine]
-gpu = "cpu"
-nodes = 2
-gpus_per_node = 2
-[submit]
-walltime_min = 5
-"""
-# Stands in for training: the first time it waits for a signal on one rank, agrees on it, and wants to go on;
-# the second time it is done.
-CLI = """
-import json, os, pathlib, signal, sys, time
-def main(words):
-    signalled = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, frame: signalled.append(number))
-    from mpi4py import MPI
-    comm, run = MPI.COMM_WORLD, pathlib.Path(words[words.index("--run") + 1])
-    world = comm.allgather((comm.rank, os.environ["SLURM_NODEID"]))
-    again = bool(list(run.glob("told-0-*")))
-    comm.Barrier()
-    told = dict(words=words, world=world, file=__file__, environment=dict(os.environ))
-    (run / f"part-{comm.rank}").write_text(json.dumps(told))
-    (run / f"part-{comm.rank}").rename(run / f"told-{comm.rank}-{int(again)}.json")
-    if not (run / "wait").exists() or again:
-        return 0
-    end = time.monotonic() + 60
-    while not comm.allreduce(len(signalled)):
-        if time.monotonic() > end:
-            return 3
-        time.sleep(0.02)
-    time.sleep(0.3 + 0.3 * comm.rank)  # the signal may reach the other nodes later; ranks never leave at one moment
-    (run / f"signalled-{comm.rank}").write_text(str(signalled))
-    return 75
-"""
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Four nodes without accounting; yields the environment for Slurm's commands."""
-    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
-        pytest.skip(f"needs root and Slurm on this machine: {CLUSTER} install")
-    folder = tmp_path_factory.mktemp("cluster")
-    folder.parent.parent.chmod(0o755), folder.parent.chmod(0o755)  # munged wants parents that others can enter
-    own = {"HPCPAR_SLURM_DIR": str(folder), "HPCPAR_SLURM_ACCOUNTING": "0", "HPCPAR_SLURM_PORT": str(free_ports(16))}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI_", "SBATCH_"))} | own
-    # not captured: the daemons would keep the pipes open
-    try:
-        subprocess.run([CLUSTER, "start"], env=environment, check=True, timeout=60)
-        yield {**environment, "SLURM_CONF": str(folder / "etc/slurm.conf")}
-    finally:
-        subprocess.run([CLUSTER, "stop"], env=environment, check=True, timeout=60)
-
-
-def free_ports(count: int) -> int:
-    """Return the first of `count` ports in a row that nobody uses now."""
-    for first in range(21000 + os.getpid() % 500 * 16, 32000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-            return first
-        except OSError:
-            continue
-    raise RuntimeError("no free ports")
-
-
-class Place:
-    """A folder with a job and a light `hpcpar`, and Slurm's commands in it."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]):
-        self.folder, self.run = folder, folder / "run"
-        self.source = folder / "source"
-        shutil.copytree(ROOT / "hpcpar", self.source / "hpcpar", ignore=shutil.ignore_patterns("__pycache__"))
-        (self.source / "hpcpar/cli.py").write_text(CLI)
-        (folder / "bin").mkdir()
-        command = folder / "bin/hpcpar"
-        command.write_text(f"#!/bin/sh\nexec {sys.executable} -m hpcpar.entry \"$@\"\n")
-        command.chmod(0o755)
-        (folder / "job.toml").write_text(JOB)
-        beside = Path(sys.executable).parent
-        self.environment = {**environment, "PATH": f"{folder}/bin:{beside}:{environment['PATH']}", "RUN": str(self.run),
-                            "PYTHONPATH": str(self.source), "PYTHONSAFEPATH": "1"}
-
-    def call(self, *words: object, **more: str) -> str:
-        answer = subprocess.run([str(word) for word in words], cwd=self.folder, env={**self.environment, **more},
-                                capture_output=True, text=True, timeout=60)
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout
-
-    def sbatch(self) -> str:
-        script = ROOT / "slurm/train.sbatch"
-        return self.call("sbatch", "--parsable", "-N2", "--ntasks-per-node=2", "-t5", script, "job.toml").strip()
-
-    def submit(self) -> str:
-        return self.call(sys.executable, "-c", "import os, pathlib; from hpcpar.submit.slurm import submit\n"
-                         "print(submit(pathlib.Path('job.toml'), [], pathlib.Path('run'), os.environ).job_id)").strip()
-
-    def told(self, time_: int = 0) -> list[dict]:
-        return [json.loads(path.read_text()) for path in sorted(self.run.glob(f"told-*-{time_}.json"))]
-
-    def state(self, job_id: str) -> str:
-        return self.call("squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T").strip()
-
-    def logs(self) -> str:
-        files = [*self.folder.glob("slurm-*.out"), *self.run.glob("submit/*.out")]
-        return "\n".join(f"== {path}\n{path.read_text()}" for path in files)
-
-    def until(self, holds: Callable[[], bool], limit_s: float = 40) -> None:
-        end = time.monotonic() + limit_s
-        while not holds():
-            assert time.monotonic() < end, self.call("scontrol", "show", "jobs") + self.logs()
-            time.sleep(0.1)
-
-    def until_state(self, job_id: str, *states: str) -> None:
-        self.until(lambda: self.state(job_id) in states)
-
-
-@pytest.fixture
-def place(tmp_path: Path, cluster: dict[str, str]) -> Place:
-    return Place(tmp_path, cluster)
-
-
-def start(place: Place, way: str) -> str:
+def start(place, way: str) -> str:
     return place.sbatch() if way == "sbatch" else place.submit()
 
 
@@ -171,12 +38,12 @@ def test_submission_freezes_the_code_and_keeps_the_shells_variables_out(place):
     place.until_state(job_id, "COMPLETED")
     for rank in place.told():
         assert rank["file"].startswith(f"{place.run}/submit/code-")
-        assert rank["words"] == ["train", f"{place.run}/config.toml", "--run", str(place.run)]
+        assert rank["words"] == ["train", f"{place.run}/submit/job.toml", "--run", str(place.run)]
         assert rank["environment"].get("SLURM_CPU_BIND") != "quiet,mask_cpu:0x1"
         assert rank["environment"]["PMI_SIZE"] == "4" and "SBATCH_PARTITION" not in rank["environment"]
     # what a dry run shows is what Slurm got
-    place.call(sys.executable, "-c", "import os, pathlib; from hpcpar.submit.slurm import submit\n"
-               "submit(pathlib.Path('job.toml'), [], pathlib.Path('run'), os.environ, dry_run=True)",
+    place.call(sys.executable, "-c", "import os, pathlib; from hpcpar.submit.slurm import Request, submit\n"
+               "submit(pathlib.Path('job.toml'), [], pathlib.Path('run'), os.environ, Request(dry_run=True))",
                PYTHONPATH=next(str(path) for path in place.run.glob("submit/code-*")))
     real = (place.run / f"submit/{job_id}_submission.sh").read_text()
     assert (place.run / "submit/dry-run.sh").read_text() == real
@@ -192,15 +59,7 @@ def test_a_signal_stops_cleanly_and_the_requeued_job_finishes(place, way):
     place.until_state(job_id, "PENDING")
     assert len(list(place.run.glob("signalled-*"))) == 4, place.logs()
     assert "12" in (place.run / "signalled-3").read_text()  # on the second node too
-    time.sleep(2)  # a node refuses credentials of the second in which it was told to end the job
-
-    def completed() -> bool:
-        if place.state(job_id) == "PENDING":  # Slurm waits two minutes, and sets them anew when the old step has ended
-            subprocess.run(["scontrol", "update", f"jobid={job_id}", "starttime=now"], env=place.environment,
-                           check=False)  # refused where it has started meanwhile
-        return place.state(job_id) == "COMPLETED"
-
-    place.until(completed)
+    place.until_completed_again(job_id)
     assert len(place.told(1)) == 4, place.logs()
 
 
@@ -235,3 +94,150 @@ def test_scancel_lets_the_ranks_save_and_is_not_undone_by_a_requeue(place, way):
     place.until_state(job_id, "CANCELLED")
     assert len(list(place.run.glob("signalled-*"))) == 4
     assert "Restarts=0" in place.call("scontrol", "show", "job", job_id)
+
+
+@both_ways
+def test_where_requeue_is_refused_a_follow_up_job_goes_on(place, way):
+    place.run.mkdir(mode=0o700)
+    (place.run / "wait").touch()
+    job_id = start(place, way)
+    place.until(lambda: len(place.told()) == 4)
+    place.call("scontrol", "update", f"jobid={job_id}", "requeue=0")
+    place.call("scancel", "--signal=USR2", job_id)
+    place.until_state(job_id, "COMPLETED")
+    follow_up = str(int(job_id) + 1)
+    assert f"requeue refused; job {follow_up} goes on" in place.logs()
+    place.until_state(follow_up, "COMPLETED")
+    assert [rank["world"] for rank in place.told(1)] == [WORLD] * 4
+    assert place.told(1)[0]["words"] == place.told(0)[0]["words"]
+    assert place.shown(follow_up)["NumNodes"] == "2" and place.shown(follow_up)["TimeLimit"] == "00:05:00"
+
+
+# The first time, rank 2 is killed in step 3, as its host's witness would tell it.
+DYING = """
+import json, os, pathlib, sys, time
+def main(words):
+    from mpi4py import MPI
+    run = pathlib.Path(words[words.index("--run") + 1])
+    again = (run / "failure.json").exists()
+    MPI.COMM_WORLD.Barrier()
+    if again:
+        return 0
+    if MPI.COMM_WORLD.rank == 2:
+        told = {"rank": 2, "step": STEP, "error": "Died", "message": "killed by SIGKILL"}
+        (run / "failure.json").write_text(json.dumps(told))
+        os._exit(9)
+    time.sleep(60)
+"""
+
+
+@both_ways
+def test_the_node_of_a_dead_rank_is_named_and_not_used_again(place, way):
+    (place.source / "hpcpar/cli.py").write_text(DYING.replace("STEP", "3"))
+    job_id = start(place, way)
+    place.until(lambda: place.shown(job_id)["Restarts"] == "1")
+    second = json.loads((place.run / "submit/starts.jsonl").read_text().splitlines()[0])["nodes"][1]
+    place.until_completed_again(job_id)
+    assert (place.run / "submit/bad-nodes").read_text() == f"{second} rank 2: killed by SIGKILL\n"
+    assert place.shown(job_id)["ExcNodeList"] == second and f"{second} let this run down" in place.logs()
+    again = json.loads((place.run / "submit/starts.jsonl").read_text().splitlines()[2])
+    assert again["restart"] == 1 and len(again["nodes"]) == 2 and second not in again["nodes"]
+
+
+def test_a_run_that_saves_nothing_new_is_given_up(place):
+    (place.source / "hpcpar/cli.py").write_text(DYING.replace("STEP", "3"))
+    job_id = place.submit(["--submit.retries", "0"])
+    place.until_state(job_id, "FAILED")
+    assert "1 starts in a row have saved nothing new; not requeued" in place.logs()
+
+
+def test_a_sweep_is_an_array_of_runs_split_where_slurm_wants_it(place):
+    ids = place.submit(request="sweep=('train.seed=1,2', 'optim.lr=1e-4,3e-4')").split()
+    first, last = ids[0].split("_")[0], ids[-1]
+    assert ids == [f"{first}_0", f"{first}_1", f"{first}_2", last] and "_" not in last  # MaxArraySize is 3
+    runs = [f"train.seed={seed}_optim.lr={lr}" for seed in (1, 2) for lr in ("1e-4", "3e-4")]
+    place.until(lambda: all((place.run / run / "told-3-0.json").exists() for run in runs))
+    for run in runs:
+        told = json.loads((place.run / run / "told-0-0.json").read_text())
+        assert told["words"] == ["train", f"{place.run}/{run}/submit/job.toml", "--run", f"{place.run}/{run}"]
+        swept = load_job(place.run / run / "submit/job.toml")
+        assert f"train.seed={swept.train.seed}_optim.lr={swept.optim.lr:.0e}".replace("-0", "-") == run
+        assert (place.run / run).stat().st_mode & 0o777 == 0o700
+    place.until_state(last, "COMPLETED")
+
+
+def test_a_job_waits_for_the_one_that_it_depends_on(place):
+    place.run.mkdir(mode=0o700)
+    (place.run / "wait").touch()
+    first = place.submit()
+    second = place.call(sys.executable, "-c", "import os, pathlib; from hpcpar.submit.slurm import Request, submit\n"
+                        f"print(submit(pathlib.Path('job.toml'), [], pathlib.Path('next'), os.environ, "
+                        f"Request(depend='{first}')).job_id)").strip()
+    assert place.shown(second)["Dependency"].startswith(f"afterany:{first}")
+    place.call("scancel", first, second)
+    place.until_state(first, "CANCELLED")
+
+
+def test_an_elastic_job_takes_fewer_nodes_at_a_legal_dp(place):
+    for node in ("node1", "node3"):
+        place.call("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
+    try:
+        job_id = place.submit(["--machine.nodes", "3", "--submit.elastic", "true", "--layout.dp", "3",
+                               "--train.global_batch", "6"])
+        place.until_state(job_id, "COMPLETED")
+    finally:
+        for node in ("node1", "node3"):
+            place.call("scontrol", "update", f"nodename={node}", "state=resume")
+    assert [rank["world"] for rank in place.told()] == [WORLD] * 4, place.logs()
+    assert place.told()[0]["words"][-2:] == ["--layout.dp", "2"] and "elastic: 2 of 3 nodes: dp 2 instead of 3" in \
+        place.logs()
+
+
+def test_what_lies_in_the_run_folder_is_private_and_holds_no_secret(place):
+    place.environment["HF_TOKEN"] = "hf_do_not_write_me_down"
+    place.environment["FROM_THE_SHELL"] = "yes"
+    (place.source / "hpcpar/cli.py").write_text("import os, pathlib, sys\ndef main(words):\n"
+                                                "    run = pathlib.Path(words[words.index('--run') + 1])\n"
+                                                "    assert os.environ['HF_TOKEN'] and os.environ['FROM_THE_SHELL']\n")
+    job_id = place.submit()
+    place.until_state(job_id, "COMPLETED")
+    written = [path for path in place.run.rglob("*") if path.is_file()]
+    assert len(written) > 50 and not [path for path in written if b"hf_do_not" in path.read_bytes()]
+    assert place.run.stat().st_mode & 0o777 == (place.run / "submit").stat().st_mode & 0o777 == 0o700
+    pickled = (place.run / f"submit/{job_id}_submitted.pkl").read_bytes()
+    named = {(op.name, arg) for op, arg, _ in pickletools.genops(pickled) if isinstance(arg, str)}
+    classes = {"submitit.core.utils", "DelayedSubmission", "hpcpar.submit.tasks", "TrainTask"}
+    attributes = {"function", "args", "kwargs", "run", "_result", "_done", "_timeout_min", "_timeout_countdown"}
+    assert {arg for _, arg in named} - classes - attributes == {str(place.run)}  # a path only
+    task = pickle.loads(pickled)
+    assert task.function == TrainTask(str(place.run)) and task.args == () and task.kwargs == {}
+
+
+def test_a_pickle_that_others_can_write_is_not_loaded(place):
+    sleep = place.call("sbatch", "--parsable", "--wrap", "sleep 3").strip()
+    job_id = place.submit(request=f"depend='{sleep}'")
+    (place.run / f"submit/{job_id}_submitted.pkl").chmod(0o666)
+    place.until_state(job_id, "FAILED")
+    assert "can be written by others" in place.logs() and not place.told()
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--machine.nodes", "5", "--layout.dp", "5", "--train.global_batch", "5"],
+     "machine.nodes: 5 nodes are needed; partition main has 4;"),
+    (["--submit.cpus_per_task", "9"],
+     "cpus_per_task: 2 nodes are needed; partition main has 4, of which 0 have 2 x 9 = 18 cores; 2 nodes have 16 each"),
+    (["--machine.gpu", "h100-80g", "--machine.gpus_per_node", "9", "--layout.dp", "9", "--train.global_batch", "9"],
+     "gpus_per_node: 2 nodes are needed; partition main has 4, of which 0 have 9 GPUs; 2 nodes have 8 each"),
+    (["--submit.partition", "shrt"], r"partition: shrt is not a partition here; did you mean short\?"),
+    (["--submit.partition", "short", "--submit.walltime_min", "11"], r"walltime_min: 11 minutes, but short gives 10"),
+    (["--submit.partition", "short", "--machine.nodes", "4", "--layout.dp", "4"],
+     "machine.nodes: 4, but partition short gives a job 3"),
+    (["--submit.exclude", "node1,node2,node4"],
+     "exclude: 2 nodes are needed; partition main has 4, of which 1 are not excluded"),
+    (["--submit.constraint", "a100"], "constraint: 2 nodes are needed; partition main has 4, of which 0 have a100"),
+])
+def test_what_the_partition_cannot_give_is_refused_with_numbers(place, monkeypatch, words, said):
+    monkeypatch.setenv("SLURM_CONF", place.environment["SLURM_CONF"])
+    with pytest.raises(UserError, match=said):
+        submit(place.folder / "job.toml", words, place.run, {"PATH": os.environ["PATH"]})
+    assert not place.run.exists()

@@ -10,7 +10,7 @@ import pytest
 
 from hpcpar.config.load import load_job
 from hpcpar.errors import UserError
-from hpcpar.submit.slurm import submit
+from hpcpar.submit.slurm import Request, submit
 from hpcpar.submit.snapshot import source_sha256, take_snapshot
 
 LEAKED = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_JOB_ID": "7", "SBATCH_PARTITION": "elsewhere", "PMI_RANK": "3",
@@ -18,9 +18,9 @@ LEAKED = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_JOB_ID": "7", "SBATCH_P
 SUBMIT = """
 import os, sys
 from pathlib import Path
-from hpcpar.submit.slurm import submit
+from hpcpar.submit.slurm import Request, submit
 before = dict(os.environ)
-done = submit(Path("small.toml"), {overrides}, Path("run"), os.environ, executor={executor!r}, dry_run={dry})
+done = submit(Path("small.toml"), {overrides}, Path("run"), os.environ, Request({executor!r}, dry_run={dry}))
 assert dict(os.environ) == before, "the caller's environment has changed"
 assert not [m for m in ("torch", "mpi4py", "mpi4py.MPI") if m in sys.modules]
 """
@@ -38,12 +38,12 @@ def test_dry_run_writes_the_script_and_needs_no_slurm(tmp_path, python, job_file
                    "cpus-per-task=1"):
         assert f"#SBATCH --{option}" in script.splitlines()
     assert "export FROM_SETUP=yes" in script.splitlines()
-    assert "--mpi=pmi2 --kill-on-bad-exit=1 --cpus-per-task=1" in script
+    assert "--mpi=pmi2 --kill-on-bad-exit=1 --distribution=block --cpus-per-task=1" in script
     assert "elsewhere" not in script and "partition" not in script and "gpus" not in script
     exports = [line for line in script.splitlines() if line.startswith("export")]
     assert str(tmp_path / "run/submit/code-") in exports[1]  # after the user's own lines
     assert subprocess.run(["bash", "-n", tmp_path / "run/submit/dry-run.sh"], check=False).returncode == 0
-    assert load_job(tmp_path / "run/config.toml").layout.dp == 2
+    assert load_job(tmp_path / "run/submit/job.toml").layout.dp == 2
     assert (tmp_path / "run/submit").stat().st_mode & 0o777 == 0o700
     assert not list((tmp_path / "run/submit").glob("*.pkl"))
 
@@ -57,7 +57,7 @@ def test_without_sbatch_a_submission_is_refused(tmp_path, job_file):
 def test_a_job_of_another_size_is_refused_before_anything_is_written(tmp_path, job_file):
     rule = r"= 8 ranks, but \[machine\] has 2 nodes x 2 a node = 4; give --machine.nodes 4"
     with pytest.raises(UserError, match=rule):
-        submit(job_file, ["--layout.dp", "4"], tmp_path / "run", {}, dry_run=True)
+        submit(job_file, ["--layout.dp", "4"], tmp_path / "run", {}, Request(dry_run=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -65,13 +65,13 @@ def test_a_job_of_another_size_is_refused_before_anything_is_written(tmp_path, j
 def test_local_runs_mpirun_with_the_frozen_code_in_a_clean_environment(tmp_path, python, job_file, source, executor):
     python(SUBMIT.format(overrides=["--layout.dp", "2"], executor=executor, dry=False) + """
 Path("source/hpcpar/cli.py").write_text("raise SystemExit('the edited source ran')")
-assert done.job.result() == 0
+assert done.jobs[0].result() == 0
 """, **LEAKED, HPCPAR_KEPT="yes")
     ranks = told(tmp_path / "run")
     assert [rank["world"] for rank in ranks] == [[0, 1, 2, 3]] * 4
     run = tmp_path / "run"
     for rank in ranks:
-        assert rank["words"] == ["train", f"{run}/config.toml", "--run", str(run)] and not rank["torch"]
+        assert rank["words"] == ["train", f"{run}/submit/job.toml", "--run", str(run)] and not rank["torch"]
         assert rank["file"].startswith(f"{run}/submit/code-")
         environment = rank["environment"]
         assert environment["FROM_SETUP"] == environment["HPCPAR_KEPT"] == "yes"
@@ -90,11 +90,11 @@ def test_one_rank_needs_no_mpirun(tmp_path, python, job_file):
 def test_exit_codes_come_back(tmp_path, python, job_file):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/code").write_text("75")
-    python(SUBMIT.format(overrides=[], executor="local", dry=False) + "assert done.job.result() == 75")
+    python(SUBMIT.format(overrides=[], executor="local", dry=False) + "assert done.jobs[0].result() == 75")
     (tmp_path / "run/code").write_text("3")
     python(SUBMIT.format(overrides=[], executor="debug", dry=False) + """
 try:
-    done.job.result()
+    done.jobs[0].result()
 except SystemExit as leave:
     assert leave.code == 3
 else:

@@ -3,7 +3,7 @@ import pytest
 from hpcpar.config.job import Job
 from hpcpar.config.load import override
 from hpcpar.errors import UserError
-from hpcpar.submit.spec import resolve_for_nodes, submit_spec
+from hpcpar.submit.spec import for_fewer_nodes, resolve_for_nodes, submit_spec
 
 
 def job(nodes: int, a_node: int, tp: int = 1, pp: int = 1, dp: int | None = None, gpu: str = "h100-80g") -> Job:
@@ -24,7 +24,8 @@ def test_the_yuan_job_asks_for_266_nodes():
     spec = submit_spec(resolve_for_nodes(wish), "yuan")
     assert (spec.nodes, spec.tasks_per_node, spec.gpus_per_node, spec.num_tasks) == (266, 8, 8, 2128)
     assert (spec.partition, spec.account, spec.exclude) == ("gpu", "us", ("n1", "n2"))
-    assert spec.srun_args == ("--mpi=pmi2", "--kill-on-bad-exit=1", "--cpus-per-task=4")
+    assert spec.srun_args == ("--mpi=pmi2", "--kill-on-bad-exit=1", "--distribution=block", "--cpus-per-task=4",
+                              "--gpu-bind=none")
     assert spec.signal_lead_s == 600
 
 
@@ -56,3 +57,29 @@ def test_cpu_machines_are_asked_for_no_gpus():
 def test_the_signal_comes_well_before_the_time_limit(walltime_min, lead_s):
     wish = override(job(1, 1), submit={"walltime_min": walltime_min})
     assert submit_spec(resolve_for_nodes(wish), "x").signal_lead_s == lead_s
+
+
+@pytest.mark.parametrize(("batch", "nodes", "dp"), [(1680, 6, 6), (1680, 3, 3), (14, 6, 2), (7, 6, 1),
+                                                    (1680, 0, None)])
+def test_fewer_nodes_hold_the_largest_dp_that_divides_the_batch(batch, nodes, dp):
+    wish = resolve_for_nodes(override(job(7, 8, tp=4, pp=2), train={"global_batch": batch}))
+    smaller = for_fewer_nodes(wish, nodes)
+    assert (smaller.layout.dp if smaller else None) == dp
+    assert smaller is None or (smaller.world_size == 8 * smaller.machine.nodes and smaller.train == wish.train)
+
+
+def test_a_replica_that_ends_inside_a_node_is_not_taken():
+    wish = resolve_for_nodes(job(4, 4, tp=2, dp=8))
+    smaller = for_fewer_nodes(wish, 3)
+    assert smaller is not None and (smaller.layout.dp, smaller.machine.nodes) == (6, 3)
+
+
+def test_an_elastic_yuan_asks_for_at_least_half_its_replicas():
+    wish = override(Job(), model={"layers": 76, "heads": 8, "hidden": 64}, layout={"tp": 8, "pp": 38, "dp": 7},
+                    train={"global_batch": 3360}, machine={"nodes": 266, "gpus_per_node": 8, "gpu": "a100-80g"},
+                    submit={"elastic": True})
+    resolved = resolve_for_nodes(wish)
+    spec = submit_spec(resolved, "yuan")
+    assert (spec.min_nodes, spec.nodes) == (152, 266)  # dp 4
+    lost_one = for_fewer_nodes(resolved, 265)
+    assert lost_one is not None and (lost_one.layout.dp, lost_one.machine.nodes) == (6, 228)

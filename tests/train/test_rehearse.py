@@ -15,6 +15,7 @@ from hpcpar.layout.layout import Layout
 from hpcpar.layout.traffic import Call, Traffic
 from hpcpar.parallel.build import build
 from hpcpar.train.rehearse import Ledger, rehearse, state_bytes, steady_microbatches
+from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, compute_gradients
 from tests.parity.jobs import all_pairs, job_of, name_of, random_tokens
 
@@ -73,7 +74,7 @@ def test_a_rank_played_alone_makes_the_calls_foretold(choice, monkeypatch):
             trainee = trainee_of(layout, rank)
             calls.clear()
             batch = range(num * layout.mesh.dp_size)
-            compute_gradients(trainee, random_tokens(choice["vocab"], 8), batch, 0, 1.0)
+            compute_gradients(trainee, Progress(), random_tokens(choice["vocab"], 8), batch, 1.0)
             trainee.optimizer.update(0.1, 0, 1.0)
         foretold = [c for c in traffic.step(layout.program(traffic.at.pp_rank, num)) if c.group != "everyone"]
         assert sorted(calls, key=str) == sorted(foretold, key=str)

@@ -44,6 +44,7 @@ def run_once(world, job, folder):
     """Play `hpcpar train` inside this world; return whether the job is done, and the run."""
     job = resolve(job, world.size)
     run = start_run(job, world, folder, open_order(job), False, lambda action: None)
+    run.waited_s = lambda: world.control.recorder.waited_s
     try:
         return train(run, lambda **where: None), run
     finally:

@@ -1,0 +1,182 @@
+"""What a batch script calls on its first node, before and after srun: slurm/train.sbatch and `hpcpar submit` alike.
+
+    python -m hpcpar.submit.batch start RUN [FOLDER OF PICKLES]    prints lines for the shell to eval
+    python -m hpcpar.submit.batch end RUN CODE [WORDS OF THE SCRIPT]
+
+`end` decides what comes next: nothing (done, failed for good, ended by a person), a requeue, or, where Slurm refuses
+to requeue, a follow-up job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hpcpar.config.load import load_job
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.errors import HpcparError, UserError
+from hpcpar.submit import ask
+from hpcpar.submit.requeue import follow_up, requeue
+from hpcpar.submit.spec import fewest_nodes, for_fewer_nodes
+from hpcpar.submit.starts import Starts, check_private
+
+WANTS_TO_GO_ON = 75  # exit code: stopped cleanly and saved, before all steps were done
+ON_PURPOSE = ("RunError", "UserError", "CheckpointError")  # the run ended itself: another start would do the same
+BROKEN_GPU = ("CUDA error", "uncorrectable", "ECC", "NVLink", "Xid")
+
+
+class Batch:
+    """One batch script, and the run that it is for."""
+
+    def __init__(self, run: Path, environment: Mapping[str, str]):
+        self.starts, self.environment = Starts(RunFolder(run.absolute())), environment
+        self.job_id = environment["SLURM_JOB_ID"]
+        self.nodes = ask.host_names(environment.get("SLURM_JOB_NODELIST", ""))
+
+    def start(self, pickles: Path | None) -> str:
+        """Look after what an earlier start has left; return shell lines. Raises UserError where it cannot start."""
+        folder = self.starts.folder
+        folder.create()
+        folder.submission.mkdir(mode=0o700, exist_ok=True)
+        check_private(folder.path, folder.submission, *([pickles] if pickles else []))
+        self.starts.go_on.unlink(missing_ok=True)
+        earlier = self.starts.lines()[-1:]
+        if earlier and "nodes" in earlier[0]:  # without an end: Slurm ended it
+            self._remember(ask.lost_nodes(earlier[0]["nodes"], earlier[0]["time"]))
+        bad = sorted(self.starts.bad_nodes().keys() & set(self.nodes))
+        if bad and self._can_exclude(bad) and self._requeue():
+            self._say(f"{', '.join(bad)} let this run down before; requeued without")
+            return "exit 0"
+        lines = self._fewer_ranks()
+        self.starts.note(job=self.job_id, restart=int(self.environment.get("SLURM_RESTART_COUNT", 0)),
+                         nodes=self.nodes)
+        return lines
+
+    def end(self, code: int, words: Sequence[str]) -> int:
+        """Decide what comes after srun's exit code; return the job's."""
+        going_on = self.starts.go_on.exists()  # written when all ranks had saved: stronger than the code
+        began = max((line["time"] for line in self.starts.lines() if "nodes" in line), default=0.0)
+        lost = {} if going_on or code == 0 else self._culprits(began)
+        self._remember(lost)
+        stay = self._why_not_again(code, going_on, began, lost)
+        self.starts.note(job=self.job_id, end=code, **({"stays": stay} if stay else {}))
+        if stay:
+            self._say(stay)
+            return code or (WANTS_TO_GO_ON if going_on else 0)
+        if code == 0 and not going_on:
+            return 0
+        if not self._requeue():
+            self._say(follow_up(self.environment, self.starts, words, keep_nodes=self._elastic()))
+        return 0 if going_on else code
+
+    def _why_not_again(self, code: int, going_on: bool, began: float, lost: Mapping[str, str]) -> str:
+        """Say why the run stays where it is, or return an empty string."""
+        state = ask.job_fields(self.job_id).get("JobState", "RUNNING")
+        if self.starts.folder.stop.exists():
+            return f"stopped by {self.starts.folder.stop}; not requeued"
+        if state != "RUNNING":  # cancelled by a person, or Slurm requeues it itself
+            return f"the job is {state}; not requeued"
+        if going_on or code == 0:
+            return ""
+        failure = self.starts.failure(began)
+        if code == 2 or (failure and failure["error"] in ON_PURPOSE):
+            return "it would fail again in the same way; not requeued"
+        if not lost and (failure is None or failure["step"] is None):
+            return "failed before its first step; not requeued"
+        retries = load_job(self._job_file()).submit.retries
+        tries = self.starts.fruitless()
+        return f"{tries} starts in a row have saved nothing new; not requeued" if tries > retries else ""
+
+    def _culprits(self, began: float) -> dict[str, str]:
+        """Name the nodes that this start failed on: those that Slurm has lost, and the one of the rank that died."""
+        lost = ask.lost_nodes(self.nodes, began)
+        failure = self.starts.failure(began)
+        if failure and (failure["error"] == "Died" or any(word in failure["message"] for word in BROKEN_GPU)):
+            a_node = re.match(r"\d+", self.environment.get("SLURM_NTASKS_PER_NODE")
+                              or self.environment.get("SLURM_TASKS_PER_NODE", ""))
+            index = failure["rank"] // int(a_node.group()) if a_node else len(self.nodes)
+            if index < len(self.nodes):
+                lost.setdefault(self.nodes[index], f"rank {failure['rank']}: {failure['message']}")
+        return lost
+
+    def _remember(self, lost: dict[str, str]) -> None:
+        self.starts.add_bad_nodes(lost)
+        for name, why in lost.items():
+            self._say(f"{name} let this run down ({why})")
+
+    def _requeue(self) -> bool:
+        bad = [*self.starts.bad_nodes()]
+        return requeue(self.job_id, bad if bad and self._can_exclude(bad) else [])
+
+    def _can_exclude(self, bad: Sequence[str]) -> bool:
+        """Tell whether the partition has nodes enough without these."""
+        found = (ask.partitions() or {}).get(self.environment.get("SLURM_JOB_PARTITION", ""))
+        known = ask.partition(found) if found else None
+        left = sum(node.name not in bad for node in known.nodes) if known else 0
+        needed = fewest_nodes(load_job(self._job_file())) if self._elastic() else len(self.nodes)
+        if known and left < needed:
+            self._say(f"cannot do without {', '.join(bad)}: {left} other nodes, {needed} needed")
+        return known is None or left >= needed
+
+    def _job_file(self) -> Path:
+        return self.starts.job if self.starts.job.exists() else self.starts.folder.config
+
+    def _elastic(self) -> bool:
+        return self.starts.job.exists() and load_job(self.starts.job).submit.elastic
+
+    def _fewer_ranks(self) -> str:
+        """Return what an elastic job tells srun where it was given fewer nodes than it wished."""
+        if not self._elastic():
+            return ""
+        job = load_job(self.starts.job)
+        smaller = for_fewer_nodes(job, len(self.nodes))
+        if smaller is None:
+            raise UserError("submit.elastic", f"{len(self.nodes)} nodes hold no legal layout", "see hpcpar show")
+        if smaller.layout.dp == job.layout.dp:
+            return ""
+        self._say(f"elastic: {len(self.nodes)} of {job.machine.nodes} nodes: dp {smaller.layout.dp} instead of "
+                  f"{job.layout.dp}, {smaller.world_size} ranks; samples and global batch stay the same")
+        ranks, nodes = smaller.world_size, smaller.machine.nodes
+        return (f"export SLURM_NTASKS={ranks} SLURM_NPROCS={ranks} SLURM_NNODES={nodes} SLURM_JOB_NUM_NODES={nodes} "
+                f"HPCPAR_DP={smaller.layout.dp}")
+
+    def _say(self, text: str) -> None:
+        print(f"hpcpar: {text}", file=sys.stderr, flush=True)
+
+
+def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Do `start` or `end` of a batch script."""
+    what, run, *rest = words
+    try:
+        batch = Batch(Path(run), environment)
+        if what == "end":
+            return batch.end(int(rest[0]), rest[1:])
+        print(batch.start(Path(rest[0]) if rest else None))
+        return 0
+    except HpcparError as error:
+        print(f"hpcpar: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def before_srun(python: str, run: str, pickles: str) -> list[str]:
+    """Return the lines that a script made by `hpcpar submit` has before srun; `run` is in the shell's words."""
+    return [
+        "trap : TERM USR1 USR2  # the ranks save and stop; this shell waits for them",
+        f"run={run}",
+        f"export HPCPAR_PICKLES={shlex.quote(pickles)}",
+        f'lines=$({python} -m hpcpar.submit.batch start "$run" "$HPCPAR_PICKLES") || exit',
+        'eval "$lines"',
+    ]
+
+
+def after_srun(python: str) -> list[str]:
+    """Return the lines that such a script has after srun."""
+    return [f'{python} -m hpcpar.submit.batch end "$run" $?']
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
