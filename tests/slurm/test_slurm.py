@@ -232,7 +232,8 @@ def test_a_pickle_that_others_can_write_is_not_loaded(place):
     (["--submit.partition", "short", "--submit.walltime_min", "11"], r"walltime_min: 11 minutes, but short gives 10"),
     (["--submit.partition", "short", "--machine.nodes", "4", "--layout.dp", "4"],
      "machine.nodes: 4, but partition short gives a job 3"),
-    (["--submit.exclude", "node1,node2,node4"], "exclude: 2 nodes are needed; partition main has 4, of which 1 are not excluded"),
+    (["--submit.exclude", "node1,node2,node4"],
+     "exclude: 2 nodes are needed; partition main has 4, of which 1 are not excluded"),
     (["--submit.constraint", "a100"], "constraint: 2 nodes are needed; partition main has 4, of which 0 have a100"),
 ])
 def test_what_the_partition_cannot_give_is_refused_with_numbers(place, monkeypatch, words, said):
