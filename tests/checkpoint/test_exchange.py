@@ -200,7 +200,7 @@ def test_training_goes_on_from_an_import_and_keeps_its_tokenizer(tmp_path: Path)
     assert cli.main(["train", str(tmp_path / "job.toml"), "--run", str(tmp_path / "run")]) == 0
     assert cli.main(["ckpt", "export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     shutil.rmtree(tmp_path / "run")
-    assert cli.main(["ckpt", "import", str(tmp_path / "hf"), "--run", str(tmp_path / "new")]) == 0
+    assert cli.main(["ckpt", "import", str(tmp_path / "hf"), str(tmp_path / "new")]) == 0
     with open_hdf5(tmp_path / "new/checkpoints/step-00000000/model.h5") as index:
         assert index["layers/0/mlp/up/weight"].shape == (128, 32)
     want = read_loss(tmp_path)
