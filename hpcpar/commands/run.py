@@ -130,9 +130,10 @@ def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
 
 
 def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    from hpcpar.checkpoint.exchange import load_network, saved_job
     from hpcpar.checkpoint.verify import latest_set
     from hpcpar.data.store import TokenStore
-    from hpcpar.train.generate import generate, load_network, saved_job
+    from hpcpar.train.generate import generate
 
     path = latest_set(RunFolder(args.run).checkpoints)
     if path is None:

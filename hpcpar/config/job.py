@@ -50,7 +50,8 @@ class LayoutWish:
                                                            "own; pipedream and 2bw on paper only (show --schedule)")
     table: str | tuple[str, ...] = option((), "schedule = table: a file with a line a pipeline rank such as "
                                               "0F0,0F1,0B0,0B1 (chunk, F B I or W, microbatch), or these lines")
-    zero: Literal[0, 1] = option(1, "1: optimizer state is sharded over dp; 0: it is replicated")
+    zero: Literal[0, 1, 2, 3] = option(1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights too "
+                                          "(2 and 3 on paper only)")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "
                                                                      "attention block, the layer")
@@ -118,6 +119,8 @@ class Checkpoint:
     keep_every: int = option(0, "sets of steps that this divides are kept for good; 0 = none", 0)
     asynchronous: bool = option(True, "steps wait only for a copy in memory; a child process beside each rank writes")
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
+    compression: Literal["none", "blosc2-zstd", "blosc2-lz4"] = option("none", "lossless, of the shard files; needs "
+                                                                               "hdf5plugin, to read too")
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ class Submit:
     mpi: str = option("pmi2", "srun --mpi; pip's mpich wants pmi2")
     cpus_per_task: int = option(1, "cores a rank", 1)
     exclude: tuple[str, ...] = option((), "nodes not to use")
+    price_per_gpu_hour: float = option(0.0, "what `hpcpar plan` reckons with, in any currency", 0)
     setup: tuple[str, ...] = option((), "shell lines before the run (modules, environment)")
     constraint: str = option("", "features that a node must have (sbatch --constraint)")
     gres: str = option("", "how the cluster calls its GPUs, such as gpu:a100; default: --gpus-per-node")
