@@ -156,7 +156,7 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(world, store, folder, monke
 def test_endless_nans_end_the_run_alike(world, store, folder, monkeypatch):
     poison(monkeypatch, world, 3, range(100))
     job = make_job(store, layout={"tp": 2, "pp": 2}, train={"max_skips": 2})
-    with pytest.raises(RunError, match="not finite for 3 steps in a row"):
+    with pytest.raises(RunError, match="not finite: 3 bad steps in a row"):
         run_once(world, job, folder)
     assert latest_set(folder.checkpoints) is None
 
