@@ -158,7 +158,7 @@ def test_endless_nans_end_the_run_alike(world, store, folder, monkeypatch):
     poison(monkeypatch, world, 3, range(100))
     monkeypatch.setattr("hpcpar.train.loop.MAX_BAD_STEPS", 2)
     job = make_job(store, layout={"tp": 2, "pp": 2})
-    with pytest.raises(RunError, match="not finite for 3 steps in a row"):
+    with pytest.raises(RunError, match="not finite: 3 bad steps in a row"):
         run_once(world, job, folder)
     assert latest_set(folder.checkpoints) is None
 
