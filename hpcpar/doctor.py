@@ -9,10 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
+from types import MappingProxyType
 from typing import NamedTuple
 
 from hpcpar import __version__
@@ -35,16 +38,19 @@ class Finding(NamedTuple):
         return f"{mark:<5} {self.what:<12} {self.found}" + (f"\n      {'':<12} fix: {self.fix}" if self.fix else "")
 
 
-def examine(surroundings: Surroundings) -> int:
-    """Print the findings (on rank 0), and return 0, or 3 if something is wrong."""
+def examine(surroundings: Surroundings, nodes: bool = False) -> int:
+    """Print the findings (on rank 0), and return 0, or 3 if something is wrong.
+
+    `nodes`: only measure every rank's host and hold it against the others; a prologue of some 10 s.
+    """
     bad = 0
-    if surroundings.rank == 0:
+    if surroundings.rank == 0 and not nodes:
         for check in (_python, _torch, _mpi, _hdf5, _gpus, _slurm, _network, _room):
             for finding in _safely(check, surroundings):
                 bad += bool(finding.fix)
                 print(finding, flush=True)
     if surroundings.launcher:
-        for finding in _ranks(surroundings):
+        for finding in _nodes(surroundings) if nodes else _ranks(surroundings):
             bad += bool(finding.fix)
             if surroundings.rank == 0:
                 print(finding, flush=True)
@@ -191,6 +197,66 @@ def _ranks(surroundings: Surroundings) -> Iterator[Finding]:
     yield _sum_up(world.device.type, world.size)
     watchdog.cancel()
     world.control.barrier()
+
+
+def _nodes(surroundings: Surroundings) -> Iterator[Finding]:
+    """Measure every rank, and name the hosts that fall behind the median of all. Every rank must iterate to the end."""
+    from hpcpar.comm.bootstrap import connect
+
+    world = connect(surroundings)
+    yield from fallen_behind(world.control.all_gather((world.host, _measure(world.device.type))))
+    world.control.barrier()
+
+
+def fallen_behind(told: Sequence[tuple[str, dict[str, float]]]) -> Iterator[Finding]:
+    """Hold every rank's host and figures against the median of all ranks."""
+    for what, (unit, least) in _MEASURES.items():
+        by_host: dict[str, list[float]] = {}
+        for host, figures in told:
+            by_host.setdefault(host, []).append(figures[what])
+        slowest = {host: min(values) for host, values in by_host.items()}
+        usual = median(value for values in by_host.values() for value in values)
+        bad = [f"{host} ({value:.3g})" for host, value in slowest.items() if value < least * usual]
+        fix = f"leave out {', '.join(bad)}: --exclude={','.join(text.split()[0] for text in bad)}" if bad else ""
+        yield Finding(what, f"median {usual:.3g} {unit}, least {min(slowest.values()):.3g} on "
+                      f"{min(slowest, key=lambda host: slowest[host])}", fix)
+
+
+# what is measured on every rank, its unit, and the share of the median below which a host is bad
+_MEASURES = MappingProxyType({"matmul": ("TFLOP/s", 0.8), "memory": ("GB/s copied", 0.7), "disk": ("MB/s written", 0.2),
+                              "room": ("GiB of memory free", 0.5)})
+
+
+def _measure(device: str) -> dict[str, float]:
+    """Return this rank's figures; about 5 s."""
+    import torch
+
+    size = 8192 if device == "cuda" else 1024
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    a, big = torch.randn(size, size, device=device).to(dtype), torch.empty(1 << 26, dtype=torch.uint8, device=device)
+
+    def rate(work: Callable[[], object], amount: float, seconds: float = 1.5) -> float:
+        rates, end = [], time.monotonic() + seconds
+        while time.monotonic() < end:
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            rates.append(amount / (time.perf_counter() - start))
+        return median(rates[len(rates) // 4:])  # the first ones warm up
+
+    free = (torch.cuda.mem_get_info()[0] if device == "cuda" else
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    return {"matmul": rate(lambda: a @ a, 2 * size**3 / 1e12), "memory": rate(big.clone, len(big) / 1e9),
+            "disk": rate(_write, 16.0, 1.0), "room": free / 2**30}
+
+
+def _write() -> None:
+    """Write 16 MB where the run would, and wait for the disk."""
+    with tempfile.TemporaryFile(dir=Path.cwd()) as file:
+        file.write(bytes(16_000_000))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sum_up(device: str, size: int) -> Finding:

@@ -31,7 +31,8 @@ def commands() -> list[Command]:
         ]),
         Command("stacks", "what every rank of a living run is doing, equal stacks together", _stacks, [run]),
         Command("doctor", "check this machine; under mpirun or srun, also the ranks and what lies between them",
-                _doctor, []),
+                _doctor, [("--node", {"action": "store_true", "help": "under mpirun or srun: measure all hosts, "
+                                                                      "and name those that fall behind"})]),
     ]
 
 
@@ -108,4 +109,7 @@ def group_stacks(told: Sequence[Testimony]) -> str:
 def _doctor(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     from hpcpar.doctor import examine
 
-    return examine(surroundings)
+    if args.node and not surroundings.launcher:
+        raise UserError("--node", "compares hosts, but this is one process",
+                        "srun --mpi=pmi2 --ntasks-per-node 1 hpcpar doctor --node")
+    return examine(surroundings, args.node)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from hpcpar.commands.command import Command, Words
+from hpcpar.config.job import Job
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
 
@@ -20,33 +21,30 @@ def commands() -> list[Command]:
         ("--search", {"action": "store_true", "help": "find the best layouts for the job's GPUs"}),
         ("--gpus", {"type": int, "metavar": "N", "help": "GPUs (default: those of [machine])"}),
         ("--with", {"dest": "second", "metavar": "KIND:N", "help": "share the batch with N GPUs of another kind"}),
-        ("--budget", {"type": float, "metavar": "P", "help": "find the best model shapes of P parameters"}),
-        ("--budget-days", {"type": float, "metavar": "D", "help": "find the largest model that trains in D days"}),
-        ("--tokens-per-param", {"type": float, "default": 20.0, "metavar": "T", "help": "with --budget-days (20)"}),
-        ("--mtbf-hours", {"type": float, "metavar": "H", "help": "between failures of the whole job (by its GPUs)"}),
-        ("--restart-min", {"type": float, "default": 15.0, "metavar": "M", "help": "from failure to next step (15)"}),
+        ("--budget", {"metavar": "P|Dd", "help": "find the best model shapes of P parameters, or the largest model "
+                                                 "that trains in D days, as in 30d (20 tokens a parameter)"}),
         ("--efficiency", {"type": float, "metavar": "E", "help": "also the days at this share of the peak"}),
         ("--ladder", {"metavar": "NAME", "help": "a published family of models: gpt3"}),
         ("--params", {"type": float, "metavar": "P", "help": "without a job: bytes of P parameters"}),
         ("--tokens", {"type": float, "metavar": "T", "help": "with --params: FLOPs, GPU-days and money"}),
-        ("--gpu", {"default": "a100-80g", "metavar": "KIND", "help": "with --params and --ladder (a100-80g)"}),
-        ("--price", {"type": float, "default": 0.0, "metavar": "X", "help": "with --params: of a GPU-hour"}),
     ], overrides=True)]
 
 
 def _plan(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    if args.job is not None and not (args.ladder or args.params):
+        (_search if args.search or args.budget else _one)(args, words)
+        return 0
+    from hpcpar.config.load import parse_overrides
     from hpcpar.planner.shapes import describe_ladder, describe_sums
 
+    wish = parse_overrides(words)
+    gpu, price = wish.get("machine.gpu", "a100-80g"), float(wish.get("submit.price_per_gpu_hour", 0.0))
     if args.ladder:
-        print(describe_ladder(args.ladder, args.gpu))
+        print(describe_ladder(args.ladder, gpu))
     elif args.params:
-        print(describe_sums(args.params, args.tokens, args.gpus, args.gpu, args.efficiency, args.price))
-    elif args.job is None:
-        raise UserError("plan", "needs a job file", "hpcpar plan JOB, or --params P, or --ladder gpt3")
-    elif args.search or args.budget or args.budget_days:
-        _search(args, words)
+        print(describe_sums(args.params, args.tokens, args.gpus, gpu, args.efficiency, price))
     else:
-        _one(args, words)
+        raise UserError("plan", "needs a job file", "hpcpar plan JOB, or --params P, or --ladder gpt3")
     return 0
 
 
@@ -70,7 +68,7 @@ def _one(args: argparse.Namespace, words: Words) -> None:
             raise UserError("--with", f"{args.second} is not KIND:N", "for example --with a100-40g:256")
         print(describe_shared(share_out(job, ((job.machine.gpu, job.world_size), (kind, int(number))))))
         return
-    plan = make_plan(job, mtbf_s=args.mtbf_hours and args.mtbf_hours * 3600, restart_s=args.restart_min * 60)
+    plan = make_plan(job)
     if args.json:
         print(json.dumps(plan.as_json()))
     else:
@@ -87,7 +85,6 @@ def _one(args: argparse.Namespace, words: Words) -> None:
 def _search(args: argparse.Namespace, words: Words) -> None:
     from hpcpar.config.load import load_job, override
     from hpcpar.config.resolve import resolve
-    from hpcpar.planner import shapes
     from hpcpar.planner.search import describe_search, layout_of, search
 
     job = load_job(args.job, words)
@@ -96,11 +93,7 @@ def _search(args: argparse.Namespace, words: Words) -> None:
     plain = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1, "chunks": 1, "schedule": "1f1b", "table": ()}
     job = resolve(override(job, layout=plain, train={"microbatch": 1}), on_paper=True)
     if args.budget:
-        print(shapes.describe_frontier(shapes.frontier(job, num_gpus, args.budget), args.budget))
-        return
-    if args.budget_days:
-        shape = shapes.largest_in(job, num_gpus, args.budget_days, args.tokens_per_param)
-        print(shapes.describe_frontier([shape], shape.params))
+        print(_budget(job, num_gpus, args.budget))
         return
     found = search(job, num_gpus)
     if args.json:
@@ -108,3 +101,16 @@ def _search(args: argparse.Namespace, words: Words) -> None:
         print(json.dumps(best | {"candidates": [p.as_json() | {"layout": layout_of(p)} for p in found.best]}))
     else:
         print(describe_search(found))
+
+
+def _budget(job: Job, num_gpus: int, budget: str) -> str:
+    from hpcpar.planner.shapes import describe_frontier, frontier, largest_in
+
+    try:
+        amount = float(budget.removesuffix("d"))
+    except ValueError:
+        raise UserError("--budget", f"{budget} is neither a number nor days", "for example 245e9, or 30d") from None
+    if budget.endswith("d"):
+        shape = largest_in(job, num_gpus, amount)
+        return describe_frontier([shape], shape.params)
+    return describe_frontier(frontier(job, num_gpus, amount), amount)

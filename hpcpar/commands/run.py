@@ -56,11 +56,12 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     job = resolve(load_job(args.job, words), surroundings.num_tasks)
     folder = run_folder(args)
 
-    from hpcpar.train.preflight import check_run_folder, check_space, open_order, put_aside
+    from hpcpar.train.preflight import check_compiler, check_run_folder, check_space, open_order, put_aside
 
     order = open_order(job)
     check_run_folder(folder, args.allow_fresh)
     check_space(job, folder)
+    check_compiler(job, surroundings.gpus)
 
     from hpcpar.comm.bootstrap import connect, open_process_group
     from hpcpar.comm.watch import Watch
@@ -129,9 +130,10 @@ def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
 
 
 def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    from hpcpar.checkpoint.exchange import load_network, saved_job
     from hpcpar.checkpoint.verify import latest_set
     from hpcpar.data.store import TokenStore
-    from hpcpar.train.generate import generate, load_network, saved_job
+    from hpcpar.train.generate import generate
 
     path = latest_set(RunFolder(args.run).checkpoints)
     if path is None:

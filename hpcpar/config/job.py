@@ -119,6 +119,8 @@ class Checkpoint:
     keep_every: int = option(0, "sets of steps that this divides are kept for good; 0 = none", 0)
     asynchronous: bool = option(True, "steps wait only for a copy in memory; a child process beside each rank writes")
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
+    compression: Literal["none", "blosc2-zstd", "blosc2-lz4"] = option("none", "lossless, of the shard files; needs "
+                                                                               "hdf5plugin, to read too")
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ def _divisors(*numbers: int) -> list[int]:
 
 def _check_runs(job: Job) -> None:
     """Refuse what the planner can price and the trainer cannot run."""
-    for name, most in (("cp", 1), ("ep", 1), ("zero", 1)):
+    for name in ("cp", "ep", "zero"):
         value = getattr(job.layout, name)
-        _require(value <= most, f"layout.{name}", f"is {value}, but this version only runs {name} = {most}"
-                 + (" or 0" if name == "zero" else ""), f"write {name} = {most} (hpcpar plan prices {value} as well)")
+        _require(value <= 1, f"layout.{name}", f"is {value}, but this version only runs {name} = 1",
+                 f"write {name} = 1")
 
 
 def _check_model(job: Job) -> None:
@@ -193,3 +193,6 @@ def _check_optim(job: Job) -> None:
     _require(data.validation < 1, "data.validation", f"is {data.validation}, must be below 1", "write 0.01")
     _require(job.checkpoint.ranks_per_file <= job.world_size, "checkpoint.ranks_per_file",
              f"is {job.checkpoint.ranks_per_file}, more than the {job.world_size} ranks", f"write {job.world_size}")
+    _require(job.checkpoint.compression == "none" or job.checkpoint.ranks_per_file == 1, "checkpoint.compression",
+             f"is {job.checkpoint.compression} with {job.checkpoint.ranks_per_file} ranks a file, which must know the "
+             "sizes beforehand", "write ranks_per_file = 1")

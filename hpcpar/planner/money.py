@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from hpcpar.config.job import Job
 from hpcpar.planner.flops import DAY
 
-# 419 unexpected interruptions in 54 days on 16,384 GPUs. Source: Llama 3, arXiv 2407.21783, section 3.3.4
-GPU_HOURS_BETWEEN_FAILURES = 54 * 24 * 16384 / 419
 RESTART_S = 900.0  # from a failure to the first new step: detection, requeue, start, load
 COPY_BYTES_PER_S = 10e9  # of a device to its host: what the step loop waits for when it saves
 
@@ -65,16 +63,16 @@ def total_samples(job: Job) -> float:
     return over + (steps - ramp_steps) * batch if steps >= ramp_steps else float(start * steps)
 
 
-def whole_run(job: Job, step_s: float, state_bytes: float, watts: float, price: float, mtbf_s: float | None = None,
-              restart_s: float = RESTART_S) -> Run:
-    """Price all steps; `state_bytes` is what the fullest rank saves, `price` of a GPU-hour."""
+def whole_run(job: Job, step_s: float, state_bytes: float, watts: float) -> Run:
+    """Price all steps; `state_bytes` is what the fullest rank saves, `watts` what a device takes."""
     num_gpus = job.world_size
     samples = total_samples(job)
     seconds = samples / job.train.global_batch * step_s
-    between = mtbf_s or GPU_HOURS_BETWEEN_FAILURES * 3600 / num_gpus
+    between = job.machine.mtbf_h * 3600 * job.machine.gpus_per_node / num_gpus
     every = job.checkpoint.every
     interval = 0.0 if every == "auto" else every * step_s if every else seconds
-    kept = goodput(state_bytes / COPY_BYTES_PER_S, interval, between, restart_s)
+    kept = goodput(state_bytes / COPY_BYTES_PER_S, interval, between, RESTART_S)
     lasting = seconds / kept.share if kept.share else math.inf
     hours = lasting / 3600 * num_gpus
-    return Run(samples * job.model.seq, seconds / DAY, lasting / DAY, hours, hours * price, hours * watts / 1e6, kept)
+    return Run(samples * job.model.seq, seconds / DAY, lasting / DAY, hours, hours * job.submit.price_per_gpu_hour,
+               hours * watts / 1e6, kept)

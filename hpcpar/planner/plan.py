@@ -11,7 +11,7 @@ from hpcpar.layout.layout import Layout
 from hpcpar.planner import flops
 from hpcpar.planner.hardware import Machine, load_machine
 from hpcpar.planner.memory import Memory
-from hpcpar.planner.money import RESTART_S, Run, whole_run
+from hpcpar.planner.money import Run, whole_run
 from hpcpar.planner.params import total_parameters
 from hpcpar.planner.practice import TRAINER, Practice
 from hpcpar.planner.step import Pricing, StepTime
@@ -24,8 +24,6 @@ class Plan:
     pricing: Pricing
     time: StepTime
     memory: list[Memory]  # of every pipeline rank; its tp and dp ranks hold equally much
-    mtbf_s: float | None = None
-    restart_s: float = RESTART_S
 
     @property
     def job(self) -> Job:
@@ -88,8 +86,7 @@ class Plan:
     def run(self) -> Run:
         """The whole run."""
         saved = max(m.master + m.moments or m.states for m in self.memory)
-        return whole_run(self.job, self.time.total, saved, self.machine.chip.watts, self.job.submit.price_per_gpu_hour,
-                         self.mtbf_s, self.restart_s)
+        return whole_run(self.job, self.time.total, saved, self.machine.chip.watts)
 
     @property
     def steps(self) -> float:
@@ -118,15 +115,15 @@ class Plan:
         }
 
 
-def make_plan(job: Job, machine: Machine | None = None, practice: Practice = TRAINER, mtbf_s: float | None = None,
-              restart_s: float = RESTART_S, exact: bool = True) -> Plan:
+def make_plan(job: Job, machine: Machine | None = None, practice: Practice = TRAINER,
+              exact: bool = True) -> Plan:
     """Foretell a resolved job; `exact` takes states from the buckets themselves, padding included.
 
     Cost: about a tenth of a second for hundreds of stages.
     """
     pricing = Pricing(job, machine or load_machine(job.machine.gpu), practice)
     numel = bucket_lengths(Layout(job)) if exact else None
-    return Plan(pricing, pricing.step(), pricing.memory(numel), mtbf_s, restart_s)
+    return Plan(pricing, pricing.step(), pricing.memory(numel))
 
 
 def bucket_lengths(layout: Layout) -> list[int]:

@@ -6,6 +6,7 @@ import dataclasses
 
 from hpcpar.config.job import required
 from hpcpar.planner import flops
+from hpcpar.planner.money import RESTART_S
 from hpcpar.planner.plan import Plan
 from hpcpar.planner.search import remedies
 from hpcpar.units import format_bytes, format_count, format_seconds
@@ -111,7 +112,7 @@ def _run(plan: Plan, efficiency: float | None) -> list[str]:
         f"  goodput    {kept.share:.1%}: {run.days_with_failures:.1f} days, {run.gpu_hours:,.0f} GPU-hours, "
         f"{run.energy_mwh:,.0f} MWh" + (f", {run.money:,.0f} at {job.submit.price_per_gpu_hour:g} a GPU-hour"
                                         if job.submit.price_per_gpu_hour else ""),
-        f"             a failure every {format_seconds(kept.mtbf_s)}, {format_seconds(plan.restart_s)} to restart, a "
+        f"             a failure every {format_seconds(kept.mtbf_s)}, {format_seconds(RESTART_S)} to restart, a "
         f"checkpoint every {format_seconds(kept.interval_s)} (best: {format_seconds(kept.best_interval_s)}) that "
         f"stalls {format_seconds(kept.stall_s)}",
     ]

@@ -23,6 +23,7 @@ LADDERS = {"gpt3": {
     "2.7B": (32, 2560, 32), "6.7B": (32, 4096, 32), "13B": (40, 5120, 40), "175B": (96, 12288, 96)}}
 GPT3_TOKENS, GPT3_SEQ, GPT3_VOCAB = 300e9, 2048, 50257
 HEAD_DIM = 128
+TOKENS_PER_PARAM = 20  # compute-optimal. Source: Hoffmann et al. 2022, arXiv 2203.15556
 USUAL_ASPECT = 150  # hidden / layers: GPT-3 128, MT-NLG 195, Yuan 216
 PRECISIONS = {"fp32": 4, "bf16 or fp16": 2, "fp8": 1, "mixed training (16 bytes, Adam)": 16,
               "with fp32 gradients (18)": 18}
@@ -143,11 +144,11 @@ def describe_frontier(shapes: list[Shape], params: float) -> str:
     return "\n".join(lines)
 
 
-def largest_in(job: Job, num_gpus: int, days: float, tokens_per_param: float) -> Shape:
+def largest_in(job: Job, num_gpus: int, days: float, tokens_per_param: float = TOKENS_PER_PARAM) -> Shape:
     """Return the largest model that `num_gpus` train in `days` with a number of tokens for each parameter."""
     best: Shape | None = None
     low, high = 1e8, 4e12
-    while high / low > 1.06:
+    while high / low > 1.1:
         params = (low * high) ** 0.5
         try:
             shape = frontier(job, num_gpus, params, top=1, tried=2)[0]
@@ -161,5 +162,5 @@ def largest_in(job: Job, num_gpus: int, days: float, tokens_per_param: float) ->
         else:
             high = params
     if best is None:
-        raise UserError("--budget-days", f"{days:g} days are too short on {num_gpus} GPUs", "give more days or GPUs")
+        raise UserError("--budget", f"{days:g} days are too short on {num_gpus} GPUs", "give more days or GPUs")
     return best

@@ -116,11 +116,11 @@ class Batch:
         """Tell whether the partition has nodes enough without these."""
         found = (ask.partitions() or {}).get(self.environment.get("SLURM_JOB_PARTITION", ""))
         known = ask.partition(found) if found else None
-        left = sum(node.name not in bad for node in known.nodes) if known else 0
+        left = sum(node.name not in bad for node in known.nodes) if known and known.nodes else None
         needed = fewest_nodes(load_job(self._job_file())) if self._elastic() else len(self.nodes)
-        if known and left < needed:
+        if left is not None and left < needed:
             self._say(f"cannot do without {', '.join(bad)}: {left} other nodes, {needed} needed")
-        return known is None or left >= needed
+        return left is None or left >= needed
 
     def _job_file(self) -> Path:
         return self.starts.job if self.starts.job.exists() else self.starts.folder.config

@@ -7,8 +7,8 @@ collective, in a save. Just before, MARK is written with the time.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
+import resource
 import signal
 import sys
 import threading
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from hpcpar import cli
-from hpcpar.checkpoint import save as saving
 from hpcpar.config.surroundings import Surroundings
+from hpcpar.parallel.buckets import FlatBucket
 from hpcpar.parallel.zero import ShardedOptimizer
 
 
@@ -35,6 +35,18 @@ def end_main_thread() -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Broken))
 
 
+def fill_disk() -> None:
+    """Let the kernel refuse the rank's checkpoint writer every byte beyond the first KiB of a file."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == os.getpid() and b"hpcpar.checkpoint.writer" in command:
+            resource.prlimit(int(process.name), resource.RLIMIT_FSIZE, (1024, 1024))
+
+
 SUDDEN: dict[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -45,7 +57,7 @@ SUDDEN: dict[str, Callable[[], None]] = {
 
 def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
     """Make the fault happen on this rank."""
-    begin, arm_reduction, taken = ShardedOptimizer.begin, ShardedOptimizer.arm, [0]
+    begin, reduce, taken = ShardedOptimizer.begin, ShardedOptimizer._reduce, [0]
 
     def note() -> None:
         mark.write_text(str(time.time()))
@@ -55,27 +67,24 @@ def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
         note()
         SUDDEN[fault]()
 
-    def full(*told: object, **more: object) -> None:
-        note()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
-
-    def faulty_begin(self: ShardedOptimizer) -> None:
+    def faulty_begin(self: ShardedOptimizer, *told: int) -> None:
         taken[0] += 1
         if fault == "slow":
             time.sleep(delay_s)
         elif taken[0] == step and fault in SUDDEN:
             threading.Thread(target=strike, daemon=True).start()
         elif taken[0] == step and fault == "disk":
-            saving.write_file = full  # type: ignore[assignment]
-        begin(self)
+            note()
+            fill_disk()
+        begin(self, *told)
 
-    def faulty_arm(self: ShardedOptimizer) -> None:
+    def faulty_reduce(self: ShardedOptimizer, flat: FlatBucket) -> None:
         if fault == "nan" and taken[0] == step:
             note()
-            self.buckets[0].grads[0] = torch.nan
-        arm_reduction(self)
+            flat.grads[0] = torch.nan
+        reduce(self, flat)
 
-    ShardedOptimizer.begin, ShardedOptimizer.arm = faulty_begin, faulty_arm  # type: ignore[method-assign]
+    ShardedOptimizer.begin, ShardedOptimizer._reduce = faulty_begin, faulty_reduce  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from hpcpar import cli
 from tests.chaos.test_failures import HEAD, ROOT, living
 
 SCRIPT = Path(__file__).with_name("colliding_ranks.py")
@@ -81,11 +82,21 @@ def test_a_rank_without_a_sign_of_life_is_named(fate: str, tmp_path: Path) -> No
     assert fate == "stop" or "in meet" in failure["traceback"][0]  # where it sleeps
 
 
-def test_a_busy_rank_survives_three_times_its_limit(tmp_path: Path) -> None:
-    process = launch("busy", tmp_path / "run")
+def test_a_busy_rank_survives_three_times_its_limit_and_stacks_show_it(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    process = launch("busy", run)
+    beats = run / "logs" / "watch"
+    while not any(row[:2] == [0, 17] for beat in beats.glob("beat-*") for row in json.loads(beat.read_text())["ranks"]):
+        assert process.poll() is None
+        time.sleep(0.1)
+    assert cli.main(["stacks", str(run)]) == 0
+    alone, _, others = capsys.readouterr().out.partition("\n\n")
+    assert alone.startswith("1 rank (0)") and "step 17, step, F1, working" in alone and "in meet" in alone
+    assert others.count("waiting") >= 1 and "in all_reduce" in others
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
-    assert not (tmp_path / "run" / "failure.json").exists()
+    assert not (run / "failure.json").exists()
 
 
 @pytest.mark.skipif(not ALL, reason="takes long; part of make chaos")

@@ -36,6 +36,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4, "mtbf_h": 77.5},
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
                "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'"), "constraint": "ib&a100",
+               "price_per_gpu_hour": 2.5,
                "gres": "gpu:a100", "container": "apptainer exec a.sif", "max_walltime_min": 60, "stage_env": True,
                "local_dir": "/scratch", "elastic": True, "retries": 0},
 }
@@ -186,8 +187,8 @@ def test_overrides_that_are_none(words: list[str], message: str) -> None:
      'layout.recompute: is "ful", must be one of none, selective, full; did you mean full?'),
     ({"train": {"precision": "bfloat16"}},
      'train.precision: is "bfloat16", must be one of fp64, fp32, bf16, fp16; did you mean bf16?'),
-    ({"layout": {"zero": 3}}, "layout.zero: is 3, must be one of 0, 1; known: 0, 1"),
-    ({"layout": {"zero": True}}, "layout.zero: is true, must be one of 0, 1; known: 0, 1"),
+    ({"layout": {"zero": 4}}, "layout.zero: is 4, must be one of 0, 1, 2, 3; known: 0, 1, 2, 3"),
+    ({"layout": {"zero": True}}, "layout.zero: is true, must be one of 0, 1, 2, 3; known: 0, 1, 2, 3"),
 ])
 def test_a_wrong_word_is_answered_with_the_right_one(tables: dict[str, Any], message: str) -> None:
     assert str(refused(tables)) == message

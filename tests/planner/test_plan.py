@@ -85,7 +85,7 @@ def test_what_cannot_be_trained_yet_is_planned_and_train_refuses_it(change: dict
     capsys.readouterr()
     if change.keys() & {"zero", "cp"}:
         assert main(["train", str(job_file), *words, *batch]) == 2
-        assert "hpcpar plan prices" in capsys.readouterr().err
+        assert "this version only runs" in capsys.readouterr().err
 
 
 def test_a_job_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str], job_file: Path) -> None:

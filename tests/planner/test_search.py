@@ -82,10 +82,10 @@ def test_a_plan_of_a_candidate_is_the_candidate() -> None:
 
 
 def test_codesign_finds_shapes_for_a_budget() -> None:
-    shapes = frontier(job_of(24, 2048, 16, 1, 1, 8, 256), 64, 7e9, top=4)
+    shapes = frontier(job_of(24, 2048, 16, 1, 1, 8, 256), 64, 7e9, top=4, tried=6)
     assert len(shapes) == 4
     for shape in shapes:
-        assert total_parameters(shape.model) == pytest.approx(7e9, rel=0.03)
+        assert total_parameters(shape.model) == pytest.approx(7e9, rel=0.04)
         assert shape.model.hidden % shape.model.heads == 0
     rates = [shape.params / shape.plan.time.total for shape in shapes]
     assert rates == sorted(rates, reverse=True)
@@ -93,5 +93,5 @@ def test_codesign_finds_shapes_for_a_budget() -> None:
 
 def test_the_largest_model_grows_with_the_days() -> None:
     job = job_of(24, 2048, 16, 1, 1, 8, 256)
-    week, month = (largest_in(job, 16, days, 20).params for days in (7, 28))
+    week, month = (largest_in(job, 16, days).params for days in (7, 28))
     assert 1.5 < month / week < 3  # work grows with the square of the parameters
