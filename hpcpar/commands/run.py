@@ -56,11 +56,12 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     job = resolve(load_job(args.job, words), surroundings.num_tasks)
     folder = run_folder(args)
 
-    from hpcpar.train.preflight import check_run_folder, check_space, open_order, put_aside
+    from hpcpar.train.preflight import check_compiler, check_run_folder, check_space, open_order, put_aside
 
     order = open_order(job)
     check_run_folder(folder, args.allow_fresh)
     check_space(job, folder)
+    check_compiler(job, surroundings.gpus)
 
     from hpcpar.comm.bootstrap import connect, open_process_group
     from hpcpar.comm.watch import Watch

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+
+import torch
 
 from hpcpar.checkpoint.format import step_of
 from hpcpar.checkpoint.verify import latest_set, published_sets
@@ -25,6 +28,15 @@ def open_order(job: Job) -> SampleOrder:
             raise UserError("model.vocab", f"{job.model.vocab} is smaller than the vocabulary of {store.path}: "
                             f"{store.vocab_size}", f"write vocab = {store.vocab_size}")
     return SampleOrder(stores, [weight for _, weight in blend], job.model.seq, job.train.seed, job.data.validation)
+
+
+def check_compiler(job: Job, gpus: bool) -> None:
+    """Refuse train.compile where torch could not compile: for CPUs it writes C++. `gpus`: those found are used."""
+    compilers = ("g++", "clang++")
+    on_cpu = not (gpus and torch.cuda.is_available())
+    if job.train.compile and on_cpu and not any(shutil.which(name) for name in compilers):
+        raise UserError("train.compile", f"needs a C++ compiler on CPU ({' or '.join(compilers)}), and none is on PATH",
+                        "install one, or leave train.compile out")
 
 
 def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
