@@ -205,13 +205,13 @@ def await_answers(folder: Path, name: str, hosts: Sequence[str], meanwhile: Call
     told: list[Testimony] = []
     silent, end = list(hosts), time.monotonic() + ANSWER_S
     while silent and time.monotonic() < end:
+        meanwhile()
         for host in list(silent):
             answer = _get(folder / f"answer-{name}.{host}.json")
             if answer:
                 silent.remove(host)
                 told += [_read_testimony(one) for one in answer["told"]]
         if silent:
-            meanwhile()
             time.sleep(0.2)
     return told, silent
 
