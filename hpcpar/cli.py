@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from hpcpar.commands import ckpt, data, run, submit
+from hpcpar.commands import ckpt, data, exchange, health, plan, rehearse, run, submit
 from hpcpar.commands.command import Command, Words
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import HpcparError, UserError
 
-ROOMS = (run, ckpt, submit, data)  # the order of the commands in --help
+ROOMS = (plan, rehearse, run, ckpt, exchange, submit, health, data)  # the order of the commands in --help
 GROUPS = MappingProxyType({"data": "build a token store, or show one",
-                           "ckpt": "look at checkpoint sets, verify, compare, prune them"})
+                           "ckpt": "look at checkpoint sets, verify, compare, prune, exchange them"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

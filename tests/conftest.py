@@ -87,9 +87,11 @@ def world() -> Iterator[SimpleNamespace]:
     import torch.distributed as dist
 
     from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.comm.recorder import Recorder
     from hpcpar.config.surroundings import Surroundings
 
     found = connect(Surroundings.read(os.environ))
+    found.control.recorder = Recorder()
     torch.set_num_threads(1)
     open_process_group(found)
     store = dist.distributed_c10d._get_default_store()

@@ -76,6 +76,7 @@ def connect(surroundings: Surroundings) -> World:
 def open_process_group(world: World) -> None:
     """Initialise torch.distributed: NCCL on GPUs, MPI on CPUs; nothing for a single CPU process.
 
+    What the control plane's recorder is told of, that of the MPI backend is told of too.
     Rank 0 opens the store on a port of the kernel's choice and tells it over MPI. Cost: one broadcast of O(log size)
     steps, and O(1) store keys a rank.
     """
@@ -98,7 +99,7 @@ def open_process_group(world: World) -> None:
     else:
         from hpcpar.comm import mpi_backend
 
-        mpi_backend.register()
+        mpi_backend.register(observer=world.control.recorder)
         backend = "cpu:mpi4py"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
     world.seconds["process group"] = time.perf_counter() - start

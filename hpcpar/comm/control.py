@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
+
+from hpcpar.comm.recorder import Recorder
 
 
 class Control(Protocol):
@@ -10,6 +14,7 @@ class Control(Protocol):
 
     rank: int
     size: int
+    recorder: Recorder | None  # is told of every call
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order. Cost: O(size) small messages in O(log size) rounds."""
@@ -33,6 +38,7 @@ class Alone:
 
     rank = 0
     size = 1
+    recorder: Recorder | None = None
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return the one value."""
@@ -57,21 +63,36 @@ class OverMPI:
         self._communicator = communicator.Dup()
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
+        self.recorder: Recorder | None = None
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order."""
-        gathered: list[Any] = self._communicator.allgather(value)
+        with self._recorded("gather_values"):
+            gathered: list[Any] = self._communicator.allgather(value)
         return gathered
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value."""
-        return self._communicator.bcast(value, root=0)
+        with self._recorded("broadcast_value"):
+            return self._communicator.bcast(value, root=0)
 
     def largest(self, value: int) -> int:
         """Return the largest of all ranks' integers."""
-        gathered: list[int] = self._communicator.allgather(value)
+        with self._recorded("largest_value"):
+            gathered: list[int] = self._communicator.allgather(value)
         return max(gathered)
 
     def barrier(self) -> None:
         """Return when every rank has called."""
-        self._communicator.Barrier()
+        with self._recorded("barrier"):
+            self._communicator.Barrier()
+
+    @contextmanager
+    def _recorded(self, operation: str) -> Iterator[None]:
+        if self.recorder is None:
+            yield
+            return
+        number = self.recorder.begin(self.recorder.group("control", range(self.size)), operation, 0)
+        self.recorder.wait(number)
+        yield
+        self.recorder.end(number)  # not after an error: the call in which it came stays open

@@ -1,78 +1,16 @@
-"""What a failed run leaves behind: a rank's last words, and the one root cause that the first to find it publishes."""
+"""What a failed run leaves behind: the one root cause, which the first to find it publishes."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import struct
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpcpar.config.run_folder import RunFolder
 
-RUNNING, DONE, FAILED, TOLD = b"r", b"d", b"f", b"t"
-"""A rank's states: at work; ended well; has an error of its own; has printed the root cause."""
-
-_NUMBERS = struct.Struct("<qd")  # step, time of the last note
-_STATE, _STEP, _PHASE, _ACTION, _END = 0, 8, 24, 88, 512  # offsets; after _END the interpreter writes its fault dump
 _TAIL = 20
-
-
-class Status:
-    """A rank's side of its last words: an anonymous memory file, so that a note needs no system call.
-
-    The witness opens it as /proc/PID/fd/FD; nothing is left on disk or in /dev/shm when the rank is killed.
-    """
-
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("hpcpar-status")
-        os.ftruncate(self.fd, _END)
-        # a fatal signal's stack is written by C code at the file's position
-        os.lseek(self.fd, _END, os.SEEK_SET)
-        self._memory = mmap.mmap(self.fd, _END)
-        self._memory[_STATE:_STATE + 1] = RUNNING
-        self.step, self.phase, self.action = -1, "", ""
-        self.note(phase="start")
-
-    def mark(self, state: bytes) -> None:
-        """Set the rank's state."""
-        self._memory[_STATE:_STATE + 1] = state
-
-    def note(self, step: int | None = None, phase: str | None = None, action: str | None = None) -> None:
-        """Keep what is given. Cost: about a microsecond."""
-        if phase is not None and phase != self.phase:
-            self.phase = phase
-            self._memory[_PHASE:_ACTION] = phase.encode()[:_ACTION - _PHASE].ljust(_ACTION - _PHASE, b"\0")
-        if action is not None and action != self.action:
-            self.action = action
-            self._memory[_ACTION:_END] = action.encode()[:_END - _ACTION].ljust(_END - _ACTION, b"\0")
-        if step is not None:
-            self.step = step
-        _NUMBERS.pack_into(self._memory, _STEP, self.step, time.time())
-
-
-@dataclass(frozen=True)
-class LastWords:
-    """What a rank's status file says, read by anyone."""
-
-    state: bytes = RUNNING
-    step: int | None = None
-    noted: float | None = None
-    phase: str = "start"
-    action: str = ""
-    fault: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, fd: int) -> LastWords:
-        """Read a status file; a note cut off by death is read as far as it came."""
-        raw = os.pread(fd, 1 << 16, 0)
-        step, noted = _NUMBERS.unpack_from(raw, _STEP)
-        texts = raw[_PHASE:_ACTION], raw[_ACTION:_END]
-        phase, action = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
-        fault = tuple(raw[_END:].decode(errors="replace").splitlines())
-        return cls(raw[:1], None if step < 0 else step, noted, phase, action, fault)
 
 
 @dataclass(frozen=True)
@@ -92,6 +30,7 @@ class Failure:
     log: str
     time: str
     idle_s: float | None = None
+    call: str = ""  # the rank's last call to others: operation, bytes, group, number, file and line
 
     def publish(self, run: RunFolder) -> bool:
         """Write failure.json if there is none; return whether this is the root cause. Raises: OSError."""
@@ -107,6 +46,7 @@ class Failure:
             f"  rank    {self.rank} of {self.size} on host {self.host} ({at})",
             f"  when    step {'?' if self.step is None else self.step}, phase {self.phase}, "
             f"last action {self.action or 'unknown'}{idle}",
+            *([f"  call    {self.call}"] if self.call else []),
             f"  error   {self.error}: {self.message}",
             *(f"  | {line}" for line in self.traceback),
             f"  others  {others} other rank{'s' * (others != 1)} ended because of it",

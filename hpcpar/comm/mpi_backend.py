@@ -28,7 +28,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,14 +46,45 @@ _MAX_UNWAITED = 64
 Step = tuple[MPI.Request, Callable[[], object] | None, object]
 
 
-def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: Patience | None = None) -> None:
+class Observer(Protocol):
+    """Is told of every operation: a flight recorder, a counter of bytes."""
+
+    def group(self, name: str, ranks: Sequence[int]) -> int:
+        """Return the number by which `begin` is told of a group of global ranks."""
+
+    def begin(self, group: int, operation: str, num_bytes: int, peer: int = -1) -> int:
+        """Note that an operation was started; return its number. `peer`: the other global rank of a message."""
+
+    def wait(self, number: int) -> None:
+        """Note that the rank now waits for an operation."""
+
+    def end(self, number: int) -> None:
+        """Note that an operation is complete."""
+
+
+class Nobody:
+    """An observer that looks away."""
+
+    def group(self, name: str, ranks: Sequence[int]) -> int:
+        return 0
+
+    def begin(self, group: int, operation: str, num_bytes: int, peer: int = -1) -> int:
+        return 0
+
+    def wait(self, number: int) -> None: ...
+
+    def end(self, number: int) -> None: ...
+
+
+def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: Patience | None = None,
+             observer: Observer | None = None) -> None:
     """Make `name` known to torch.distributed as a backend for CPU tensors; a second call with that name does nothing.
 
     Rank i of torch's default group is rank i of `comm` (MPI.COMM_WORLD by default).
     """
     if hasattr(dist.Backend, name.upper()):
         return
-    world, waiting = comm or MPI.COMM_WORLD, patience or Patience()
+    world, waiting, watching = comm or MPI.COMM_WORLD, patience or Patience(), observer or Nobody()
 
     def create(options: Any, pg_options: object) -> MPIProcessGroup:
         ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
@@ -61,7 +93,7 @@ def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: 
                 f"torch global rank {ranks[options.group_rank]} is rank {world.rank} of the MPI communicator; "
                 "start torch.distributed with rank=comm.rank, or register with a communicator in torch's order"
             )
-        return MPIProcessGroup(_subset(world, ranks, options.group_id), name, options.timeout, waiting)
+        return MPIProcessGroup(_subset(world, ranks, options.group_id), name, options.timeout, waiting, watching, ranks)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 
@@ -78,6 +110,10 @@ def _subset(world: MPI.Intracomm, ranks: Sequence[int], group_id: str) -> MPI.In
         everyone.Free()
 
 
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 class MPIWork(dist.Work):
     """One or more MPI requests, the buffers they use, and what is to be done when they are complete.
 
@@ -85,9 +121,9 @@ class MPIWork(dist.Work):
     """
 
     def __init__(self, steps: list[Step], outputs: list[Tensor], patience: Patience, timeout: timedelta,
-                 in_flight: set[MPIWork], message: bool = False):
+                 in_flight: set[MPIWork], message: bool, observer: Observer, number: int):
         super().__init__()
-        self._message = message
+        self._message, self._observer, self._number = message, observer, number
         self._requests = [step[0] for step in steps]
         self._finish = [step[1] for step in steps if step[1]]
         self._buffers: list[object] = [step[2] for step in steps]
@@ -109,10 +145,13 @@ class MPIWork(dist.Work):
                 finish()
             self._finish, self._buffers = [], []
             self._in_flight.discard(self)
+            self._observer.end(self._number)
         return complete
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Complete the operation; raise TimeoutError after `timeout` (0: the group's)."""
+        if self._requests:
+            self._observer.wait(self._number)
         self._patience.wait(self.is_completed, (timeout or self._timeout).total_seconds(), self._message)
         return True
 
@@ -141,21 +180,31 @@ class MPIProcessGroup(dist.ProcessGroup):
     options. Contiguous tensors are used where they lie; others, and 16-bit floats in reductions, through a copy.
     """
 
-    def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta, patience: Patience):
+    def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta, patience: Patience, observer: Observer,
+                 ranks: Sequence[int]):
         super().__init__(comm.rank, comm.size)
         self._comm, self._backend_name, self._timeout, self._patience = comm, name, timeout, patience
+        self._observer, self._ranks, self._number = observer, ranks, -1
         self._group_name = self._group_desc = ""
         self._in_flight: set[MPIWork] = set()
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, None)
 
-    def _work(self, steps: list[Step], outputs: list[Tensor], opts: Any = None, message: bool = False) -> MPIWork:
+    def _work(self, operation: str, num_bytes: int, steps: list[Step], outputs: list[Tensor], opts: Any = None,
+              peer: int | None = None) -> MPIWork:
+        if self._number < 0:  # now, not when the group was made: torch names it later
+            self._number = self._observer.group(self._group_desc or self._group_name, self._ranks)
+        number = self._observer.begin(self._number, operation, num_bytes, -1 if peer is None else self._global(peer))
         if len(self._in_flight) >= _MAX_UNWAITED:  # someone never waits for sends: let go of the complete ones
             for work in list(self._in_flight):
                 work.is_completed()
-        work = MPIWork(steps, outputs, self._patience, self._timeout, self._in_flight, message)
+        work = MPIWork(steps, outputs, self._patience, self._timeout, self._in_flight, peer is not None,
+                       self._observer, number)
         if opts is not None and not opts.asyncOp:
             work.wait()
         return work
+
+    def _global(self, rank: int) -> int:
+        return self._ranks[rank if rank >= 0 else self.rank()]  # a message from anyone is told as one from oneself
 
     # -- one tensor in, one tensor out: the steps that the operations below are made of
 
@@ -185,7 +234,8 @@ class MPIProcessGroup(dist.ProcessGroup):
     # -- collectives
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:
-        return self._work([self._allreduce_step(tensor, opts.reduceOp) for tensor in tensors], tensors, opts)
+        steps = [self._allreduce_step(tensor, opts.reduceOp) for tensor in tensors]
+        return self._work("all_reduce", _bytes(tensors), steps, tensors, opts)
 
     allreduce_coalesced = allreduce
 
@@ -193,47 +243,52 @@ class MPIProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         flat = flatten(tensor)
         request = self._comm.Ibcast(as_bytes(flat), opts.rootRank)
-        return self._work([(request, lambda: store(tensor, flat), flat)], tensors, opts)
+        return self._work("broadcast", flat.nbytes, [(request, lambda: store(tensor, flat), flat)], tensors, opts)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:
         (tensor,) = tensors
         flat, mpi_op = for_reduction(tensor, opts.reduceOp)
         if self.rank() != opts.rootRank:
-            return self._work([(self._comm.Ireduce(flat.numpy(), None, mpi_op, opts.rootRank), None, flat)], [], opts)
+            request = self._comm.Ireduce(flat.numpy(), None, mpi_op, opts.rootRank)
+            return self._work("reduce", flat.nbytes, [(request, None, flat)], [], opts)
         request = self._comm.Ireduce(MPI.IN_PLACE, flat.numpy(), mpi_op, opts.rootRank)
-        return self._work([(request, lambda: store(tensor, flat, opts.reduceOp, self.size()), flat)], tensors, opts)
+        finish = partial(store, tensor, flat, opts.reduceOp, self.size())
+        return self._work("reduce", flat.nbytes, [(request, finish, flat)], tensors, opts)
 
     def _allgather_base(self, output: Tensor, source: Tensor, opts: Any = None) -> MPIWork:
-        return self._work([self._allgather_step(output, source)], [output], opts)
+        return self._work("all_gather", source.nbytes, [self._allgather_step(output, source)], [output], opts)
 
     def allgather_into_tensor_coalesced(
         self, outputs: list[Tensor], sources: list[Tensor], opts: Any = None
     ) -> MPIWork:
         steps = [self._allgather_step(output, source) for output, source in zip(outputs, sources, strict=True)]
-        return self._work(steps, outputs, opts)
+        return self._work("all_gather", _bytes(sources), steps, outputs, opts)
 
     def allgather(self, outputs: list[list[Tensor]], sources: list[Tensor], opts: Any = None) -> MPIWork:
         (pieces,), (source,) = outputs, sources
         recv, unpack = receive_into(pieces)
         flat = flatten(source)
-        return self._work([(self._comm.Iallgatherv(as_bytes(flat), recv), unpack, (flat, recv))], pieces, opts)
+        request = self._comm.Iallgatherv(as_bytes(flat), recv)
+        return self._work("all_gather_list", flat.nbytes, [(request, unpack, (flat, recv))], pieces, opts)
 
     def _reduce_scatter_base(self, output: Tensor, source: Tensor, opts: Any) -> MPIWork:
-        return self._work([self._reduce_scatter_step(output, source, opts.reduceOp)], [output], opts)
+        step = self._reduce_scatter_step(output, source, opts.reduceOp)
+        return self._work("reduce_scatter", source.nbytes, [step], [output], opts)
 
     def reduce_scatter_tensor_coalesced(
         self, outputs: list[Tensor], sources: list[Tensor], opts: Any
     ) -> MPIWork:
         pairs = zip(outputs, sources, strict=True)
         steps = [self._reduce_scatter_step(output, source, opts.reduceOp) for output, source in pairs]
-        return self._work(steps, outputs, opts)
+        return self._work("reduce_scatter", _bytes(sources), steps, outputs, opts)
 
     def reduce_scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:
         (output,), (pieces,), op = outputs, sources, opts.reduceOp
         flat, mpi_op = for_reduction(torch.cat([piece.detach().reshape(-1) for piece in pieces]), op)
         out = torch.empty(output.numel(), dtype=flat.dtype)
         request = self._comm.Ireduce_scatter(flat.numpy(), out.numpy(), [piece.numel() for piece in pieces], mpi_op)
-        return self._work([(request, lambda: store(output, out, op, self.size()), (flat, out))], outputs, opts)
+        finish = partial(store, output, out, op, self.size())
+        return self._work("reduce_scatter_list", flat.nbytes, [(request, finish, (flat, out))], outputs, opts)
 
     def gather(self, outputs: list[list[Tensor]], sources: list[Tensor], opts: Any) -> MPIWork:
         (source,) = sources
@@ -241,19 +296,20 @@ class MPIProcessGroup(dist.ProcessGroup):
         recv, unpack = receive_into(outputs[0]) if at_root else (None, None)
         flat = flatten(source)
         request = self._comm.Igatherv(as_bytes(flat), recv, opts.rootRank)
-        return self._work([(request, unpack, (flat, recv))], outputs[0] if at_root else [], opts)
+        return self._work("gather", flat.nbytes, [(request, unpack, (flat, recv))], outputs[0] if at_root else [], opts)
 
     def scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:
         (output,) = outputs
         send = send_from(sources[0]) if self.rank() == opts.rootRank else None
         out = torch.empty_like(output, memory_format=torch.contiguous_format).view(-1)
         request = self._comm.Iscatterv(send, as_bytes(out), opts.rootRank)
-        return self._work([(request, lambda: store(output, out), (send, out))], outputs, opts)
+        return self._work("scatter", out.nbytes, [(request, lambda: store(output, out), (send, out))], outputs, opts)
 
     def alltoall(self, outputs: list[Tensor], sources: list[Tensor], opts: Any = None) -> MPIWork:
         recv, unpack = receive_into(outputs)
         send = send_from(sources)
-        return self._work([(self._comm.Ialltoallv(send, recv), unpack, (send, recv))], outputs, opts)
+        request = self._comm.Ialltoallv(send, recv)
+        return self._work("all_to_all", _bytes(sources), [(request, unpack, (send, recv))], outputs, opts)
 
     def alltoall_base(
         self, output: Tensor, source: Tensor, output_splits: list[int], source_splits: list[int], opts: Any = None
@@ -264,23 +320,25 @@ class MPIProcessGroup(dist.ProcessGroup):
         send = cut(flat, parts(source, source_splits, self.size()))
         recv = cut(out, parts(output, output_splits, self.size()))
         request = self._comm.Ialltoallv(send, recv)
-        return self._work([(request, lambda: store(output, out), (send, recv))], [output], opts)
+        finish = partial(store, output, out)
+        return self._work("all_to_all", source.nbytes, [(request, finish, (send, recv))], [output], opts)
 
     def barrier(self, opts: Any = None) -> MPIWork:
-        return self._work([(self._comm.Ibarrier(), None, None)], [], opts)
+        return self._work("barrier", 0, [(self._comm.Ibarrier(), None, None)], [], opts)
 
     # -- between two ranks
 
     def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
         flat = flatten(tensor)
-        return self._work([(self._comm.Isend(as_bytes(flat), dst_rank, tag), None, flat)], [], message=True)
+        request = self._comm.Isend(as_bytes(flat), dst_rank, tag)
+        return self._work("send", flat.nbytes, [(request, None, flat)], [], peer=dst_rank)
 
     def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
         flat = flatten(tensor)
         request = self._comm.Irecv(as_bytes(flat), src_rank, tag)
-        return self._work([(request, lambda: store(tensor, flat), flat)], tensors, message=True)
+        return self._work("recv", flat.nbytes, [(request, lambda: store(tensor, flat), flat)], tensors, peer=src_rank)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:
         return self.recv(tensors, MPI.ANY_SOURCE, tag)

@@ -1,39 +1,57 @@
-"""Activations forward and gradients backward between neighbouring pipeline stages."""
+"""Activations forward and gradients backward between the stages of a pipeline."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpcpar.comm.groups import Groups
+from hpcpar.comm.groups import Group, Groups
+from hpcpar.layout.schedule import Action, Kind, receive_of
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A receive that was posted."""
+
+    work: dist.Work
+    buffer: Tensor
+
+    def wait(self) -> Tensor:
+        """Return the message once it is here."""
+        self.work.wait()
+        return self.buffer
 
 
 class Neighbours:
-    """A stage's channels to the stages before and after it; shapes [batch, seq(/tp), hidden].
+    """A stage's channels to the stages that hold the chunks before and after its own; shapes [batch, seq(/tp), hidden].
 
-    A send is posted and not waited for; its tensor is kept until it is through. A receive waits.
+    A send and a receive are posted and not waited for; a message's tensor is kept until it is through.
     """
 
-    def __init__(self, groups: Groups, dtype: torch.dtype, device: torch.device):
-        self._groups, self._dtype, self._device = groups, dtype, device
+    def __init__(self, groups: Groups, chunk_ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self._groups, self._chunk_ranks, self._dtype, self._device = groups, chunk_ranks, dtype, device
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
-    def send_forward(self, x: Tensor) -> None:
-        """Post activations to the next stage."""
-        self._send(x, self._groups.pp_forward, self._groups.at.pp_rank + 1)
+    def send(self, action: Action, x: Tensor) -> None:
+        """Post a chunk's activations to the chunk after it, or its input's gradient to the one before."""
+        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        x = x.detach().contiguous()
+        peer = self._chunk_ranks[receive_of(action).chunk]
+        work = dist.isend(x, group=self._group(action.kind is Kind.SEND_FORWARD), group_dst=peer)
+        assert work is not None
+        self._sent.append((work, x))
 
-    def send_backward(self, grad: Tensor) -> None:
-        """Post the gradient of this stage's input to the stage before."""
-        self._send(grad, self._groups.pp_backward, self._groups.at.pp_rank - 1)
-
-    def receive_forward(self, shape: tuple[int, ...]) -> Tensor:
-        """Wait for activations from the stage before."""
-        return self._receive(shape, self._groups.pp_forward, self._groups.at.pp_rank - 1)
-
-    def receive_backward(self, shape: tuple[int, ...]) -> Tensor:
-        """Wait for the gradient of this stage's output from the next stage."""
-        return self._receive(shape, self._groups.pp_backward, self._groups.at.pp_rank + 1)
+    def post_receive(self, action: Action, shape: tuple[int, ...]) -> Incoming:
+        """Post the receive of a chunk's input, or of its output's gradient."""
+        forward = action.kind is Kind.RECEIVE_FORWARD
+        peer = self._chunk_ranks[action.chunk + (-1 if forward else 1)]
+        buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+        work = dist.irecv(buffer, group=self._group(forward), group_src=peer)
+        assert work is not None
+        return Incoming(work, buffer)
 
     def wait_sends(self) -> None:
         """Wait until every posted send is through."""
@@ -41,14 +59,5 @@ class Neighbours:
             work.wait()
         self._sent.clear()
 
-    def _send(self, x: Tensor, group: dist.ProcessGroup | None, peer: int) -> None:
-        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
-        x = x.detach().contiguous()
-        work = dist.isend(x, group=group, group_dst=peer)
-        assert work is not None
-        self._sent.append((work, x))
-
-    def _receive(self, shape: tuple[int, ...], group: dist.ProcessGroup | None, peer: int) -> Tensor:
-        x = torch.empty(shape, dtype=self._dtype, device=self._device)
-        dist.recv(x, group=group, group_src=peer)
-        return x
+    def _group(self, forward: bool) -> Group | None:
+        return self._groups.pp_forward if forward else self._groups.pp_backward

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -24,27 +26,19 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from hpcpar.comm.control import Control
-from hpcpar.comm.failure import (
-    DONE,
-    FAILED,
-    TOLD,
-    Failure,
-    Status,
-    appeared,
-    deaths,
-    mistake,
-    now,
-    publish_once,
-    say,
-    tail,
-)
-from hpcpar.comm.witness import Charge, Task
+from hpcpar.comm.failure import Failure, appeared, deaths, mistake, now, publish_once, say, tail
+from hpcpar.comm.inquiry import Charge
+from hpcpar.comm.recorder import DONE, FAILED, TOLD, LastWords, Recorder
+from hpcpar.comm.witness import Task, places
+from hpcpar.config.job import Health
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
-from hpcpar.layout.mesh import AXES, Mesh
+from hpcpar.layout.mesh import Mesh
 
 GRACE_S = 2.0
 """How long an error waits for the news of a death: a peer's lost connection raises before the death is known."""
+GRACE_IN_CALL_S = 9.0
+"""The same for an error inside a call: the witnesses compare all ranks' calls first, another may be the cause."""
 START_S = 20.0
 """How long a witness may take to start."""
 PATIENCE_S = 10.0
@@ -57,36 +51,45 @@ class Watch:
     """Watches over one rank from `start` to `done` or `failed`; as a `with` block it calls one of the two itself."""
 
     def __init__(self, run: RunFolder, control: Control, host: str, mesh: Mesh, abort: Callable[[int], None],
-                 status: Status):
-        self._run, self._host, self._abort, self._status = run, host, abort, status
+                 recorder: Recorder):
+        self._run, self._host, self._abort, self.recorder = run, host, abort, recorder
         self._rank, self._size = control.rank, control.size
         self._coordinates = places(mesh, control.rank)
-        self.note = status.note  # the status file's own method: one call less in the inner loop
+        self.note = recorder.note  # the recorder's own method: one call less in the inner loop
 
     @classmethod
-    def start(cls, run: RunFolder, control: Control, host: str, mesh: Mesh, abort: Callable[[int], None]) -> Watch:
+    def start(cls, run: RunFolder, control: Control, host: str, mesh: Mesh, abort: Callable[[int], None],
+              health: Health | None = None) -> Watch:
         """Begin to watch; every rank must call. `abort(code)` ends all ranks at once (MPI.COMM_WORLD.Abort).
 
         An earlier start's failure.json is kept as failure-1.json and so on. With several ranks, each host's first one
-        spawns the witness, and a fatal signal's stack goes to the witness instead of stderr. Cost: one gather, one
-        barrier, one Python start a host. Raises: OSError (the run folder cannot be written).
+        spawns the witness, a fatal signal's stack goes to the witness instead of stderr, and SIGQUIT has the rank's
+        stacks written. From now on `control` records its calls. Cost: one gather, one barrier, one Python start a
+        host. Raises: OSError (the run folder cannot be written).
         """
         run = RunFolder(run.path.absolute())
         if control.rank == 0:
-            run.logs.mkdir(parents=True, exist_ok=True)
+            run.watch.mkdir(parents=True, exist_ok=True)
             put_away(run)
-        status = Status()
-        line = lifeline() if control.size > 1 else -1
-        ranks: list[tuple[str, int, int, int]] = control.all_gather((host, os.getpid(), status.fd, line))
+        recorder = control.recorder = Recorder()
+        line, stacks = (lifeline(), os.memfd_create("hpcpar-stacks")) if control.size > 1 else (-1, -1)
+        ranks: list[tuple[str, int, int, int, int]] = control.all_gather((host, os.getpid(), recorder.fd, line, stacks))
         if control.size > 1:
-            faulthandler.enable(status.fd, all_threads=False)
-            charges = tuple(Charge(rank, pid, fd, end, places(mesh, rank))
-                            for rank, (its_host, pid, fd, end) in enumerate(ranks) if its_host == host)
+            faulthandler.enable(recorder.fd, all_threads=False)
+            faulthandler.register(signal.SIGQUIT, stacks, all_threads=True)
+            charges = tuple(Charge(rank, pid, fd, end, places(mesh, rank), dump)
+                            for rank, (its_host, pid, fd, end, dump) in enumerate(ranks) if its_host == host)
+            hosts: dict[str, list[int]] = {}
+            for rank, (its_host, *_) in enumerate(ranks):
+                hosts.setdefault(its_host, []).append(rank)
             if charges[0].rank == control.rank:
-                spawn(Task(str(run.path), host, control.size, charges))
+                limits = limits_by_phase(health or Health())
+                spawn(Task(str(run.path), host, control.size, charges, limits, hosts, mesh.sizes))
+            if control.rank == 0:
+                run.hosts.write_text(json.dumps(hosts))
             control.barrier()  # who dies after this is watched
             os.close(line)
-        return cls(run, control, host, mesh, abort, status)
+        return cls(run, control, host, mesh, abort, recorder)
 
     def __enter__(self) -> Self:
         return self
@@ -100,13 +103,13 @@ class Watch:
 
     def done(self) -> None:
         """Tell that this rank may end."""
-        self._status.mark(DONE)
+        self.recorder.mark(DONE)
 
     def failed(self, error: BaseException) -> NoReturn:
         """Publish the error as the root cause unless another was first, and end the job: code 3, a UserError's 2."""
         trace = "".join(traceback.format_exception(error))
         failure = self._failure(error, trace)
-        self._status.mark(FAILED)
+        self.recorder.mark(FAILED)
         self._log(trace)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -117,10 +120,10 @@ class Watch:
         self._end(3, self._tell(lambda: failure.publish(self._run), failure.block(self._run)))
 
     def _failure(self, error: BaseException, trace: str) -> Failure:
-        status = self._status
-        return Failure(self._host, self._rank, self._size, self._coordinates, None if status.step < 0 else status.step,
-                       status.phase, status.action, type(error).__name__, str(error), tail(trace.splitlines()),
-                       str(self._run.log(self._rank)), now())
+        words = LastWords.read(self.recorder.fd)
+        return Failure(self._host, self._rank, self._size, self._coordinates, words.step, words.phase, words.action,
+                       type(error).__name__, str(error), tail(trace.splitlines()), str(self._run.log(self._rank)),
+                       now(), call=str(words.call or ""))
 
     def _tell(self, publish: Callable[[], bool], text: str) -> bool:
         """Print the text if it is the first to be published."""
@@ -130,11 +133,12 @@ class Watch:
             first = True
         if first:
             say(text)
-            self._status.mark(TOLD)
+            self.recorder.mark(TOLD)
         return first
 
     def _await_a_death(self) -> None:
-        limit = time.monotonic() + (GRACE_S if self._size > 1 else 0)
+        limit = time.monotonic() + (0 if self._size == 1 else GRACE_IN_CALL_S if self.recorder.waiting
+                                    else GRACE_S)
         while time.monotonic() < limit and not appeared(self._run.failure):
             time.sleep(0.1)
 
@@ -152,9 +156,10 @@ class Watch:
             file.write(text)
 
 
-def places(mesh: Mesh, rank: int) -> dict[str, int]:
-    """Return a rank's coordinates by axis."""
-    return dict(zip(AXES, mesh.coordinates(rank), strict=True))
+def limits_by_phase(health: Health) -> dict[str, float]:
+    """Return how long a rank may be without progress in each phase."""
+    start, step, save = health.start_limit_s, health.step_limit_s, health.save_limit_s
+    return {"start": start, "first step": start, "step": step, "validate": save, "save": save, "finish": save}
 
 
 def lifeline() -> int:
@@ -169,7 +174,7 @@ def lifeline() -> int:
 
 def put_away(run: RunFolder) -> None:
     """Move an earlier start's failure.json to the first free failure-1.json, failure-2.json, ..."""
-    for mark in (mistake(run), *deaths(run)):
+    for mark in (mistake(run), *deaths(run), *run.watch.glob("*")):
         mark.unlink(missing_ok=True)
     if run.failure.exists():
         number = 1

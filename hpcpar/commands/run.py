@@ -6,6 +6,7 @@ import argparse
 import logging
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpcpar.commands.command import Command, Words, job_argument, run_argument, run_folder
 from hpcpar.config.load import load_job, override, to_toml
@@ -13,6 +14,9 @@ from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
+
+if TYPE_CHECKING:
+    from hpcpar.comm.bootstrap import World
 
 GO_ON = 75  # stopped cleanly and wants to go on
 
@@ -24,10 +28,14 @@ def commands() -> list[Command]:
         Command("train", "train a job, alone or under mpirun/srun; goes on from the last set", _train, [
             job_argument(), run_argument(),
             ("--allow-fresh", {"action": "store_true", "help": "start anew in a folder without a valid set"}),
+            ("--rewind-to", {"type": int, "metavar": "STEP", "help": "go on from this older set; later ones are moved "
+                                                                     "aside"}),
+            ("--skip-samples", {"metavar": "A:B", "help": "never train on these sample numbers"}),
         ], overrides=True),
         Command("show", "print a job's layout, or a run's state, without starting ranks", _show, [
             ("job", {"help": "a job file or a run folder"}),
-            ("--schedule", {"action": "store_true", "help": "draw the pipeline's schedule"}),
+            ("--schedule", {"nargs": "?", "const": "own", "choices": ["own", "pipedream", "2bw"],
+                            "help": "draw the pipeline's schedule, or one that exists on paper only"}),
             ("--plot", {"action": "store_true", "help": "draw loss.png and timeline.png (run folder)"}),
         ], overrides=True),
         Command("generate", "print text from a run's newest checkpoint", _generate, [
@@ -48,11 +56,12 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     job = resolve(load_job(args.job, words), surroundings.num_tasks)
     folder = run_folder(args)
 
-    from hpcpar.train.preflight import check_run_folder, check_space, open_order, put_aside
+    from hpcpar.train.preflight import check_compiler, check_run_folder, check_space, open_order, put_aside
 
     order = open_order(job)
     check_run_folder(folder, args.allow_fresh)
     check_space(job, folder)
+    check_compiler(job, surroundings.gpus)
 
     from hpcpar.comm.bootstrap import connect, open_process_group
     from hpcpar.comm.watch import Watch
@@ -64,21 +73,39 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
         put_aside(folder)
     world.control.barrier()
     folder.create()
+    if args.rewind_to is not None or args.skip_samples:
+        _rewind(folder, args, world)
     logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
                         format="%(asctime)s %(levelname)s %(message)s")
-    with Watch.start(folder, world.control, world.host, Layout(job).mesh, world.abort) as watch:
+    with Watch.start(folder, world.control, world.host, Layout(job).mesh, world.abort, job.health) as watch:
         watch.note(phase="start")
         open_process_group(world)
         run = start_run(job, world, folder, order, surroundings.live, lambda action: watch.note(action=action))
+        run.waited_s = lambda: watch.recorder.waited_s
         logging.info("bootstrap: %s", ", ".join(f"{k} {v:.3f} s" for k, v in world.seconds.items()))
         done = train(run, watch.note)
     return 0 if done else GO_ON
 
 
+def _rewind(folder: RunFolder, args: argparse.Namespace, world: World) -> None:
+    """Let rank 0 carry out --rewind-to and --skip-samples; a mistake is raised on all ranks."""
+    from hpcpar.train.rewind import rewind
+
+    mistake = None
+    if world.rank == 0:
+        try:
+            print(rewind(folder, args.rewind_to, args.skip_samples), flush=True)
+        except UserError as error:
+            mistake = (error.where, error.rule, error.fix)
+    mistake = world.control.broadcast(mistake)
+    if mistake:
+        raise UserError(*mistake)
+
+
 def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     from hpcpar.layout.describe import describe
     from hpcpar.layout.layout import Layout
-    from hpcpar.layout.schedule import draw
+    from hpcpar.layout.schedule import draw, draw_stale
 
     path = Path(args.job)
     folder = RunFolder(path) if path.is_dir() else None
@@ -94,16 +121,19 @@ def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
         return 0
     print(to_toml(job))
     print(describe(layout))
-    if args.schedule:
-        num = job.train.global_batch // (layout.mesh.dp_size * job.train.microbatch)
-        print(f"\n{draw(job.layout.schedule, layout.mesh.pp_size, num)}")
+    num = layout.num_microbatches
+    if args.schedule == "own":
+        print(f"\n{draw(layout.schedule(num))}")
+    elif args.schedule:
+        print(f"\n{draw_stale(args.schedule, layout.mesh.pp_size, num)}")
     return 0
 
 
 def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    from hpcpar.checkpoint.exchange import load_network, saved_job
     from hpcpar.checkpoint.verify import latest_set
     from hpcpar.data.store import TokenStore
-    from hpcpar.train.generate import generate, load_network, saved_job
+    from hpcpar.train.generate import generate
 
     path = latest_set(RunFolder(args.run).checkpoints)
     if path is None:

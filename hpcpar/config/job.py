@@ -30,6 +30,9 @@ class Model:
     dropout: float = option(0.0, "dropout on embeddings and residuals", 0)
     init_std: float = option(0.02, "standard deviation of the initial weights", 0)
     rope_theta: float = option(10000.0, "base of the rotary frequencies", 1)
+    qk_norm: bool = option(False, "queries and keys are scaled to unit mean square a head (no weights)")
+    z_loss: float = option(0.0, "weight of the mean squared log-normaliser in the gradient, e.g. 1e-4", 0)
+    embedding_grad: float = option(1.0, "factor on the gradient of the embedding look-up, e.g. 0.1", 0)
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,14 @@ class LayoutWish:
     dp: int | None = option(None, "data-parallel replicas; default: what is left of the world size", 1)
     cp: int = option(1, "context-parallel ranks", 1)
     ep: int = option(1, "expert-parallel ranks", 1)
-    chunks: int = option(1, "model chunks a rank (interleaving)", 1)
-    schedule: Literal["gpipe", "1f1b"] = option("1f1b", "order of a stage's forwards and backwards")
-    zero: Literal[0, 1] = option(1, "1: optimizer state is sharded over dp; 0: it is replicated")
+    chunks: int = option(1, "model chunks a rank (interleaved, breadth-first, zbv, ...)", 1)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv", "dualpipev", "table",
+                      "pipedream", "2bw"] = option("1f1b", "order of a stage's forwards and backwards; table: your "
+                                                           "own; pipedream and 2bw on paper only (show --schedule)")
+    table: str | tuple[str, ...] = option((), "schedule = table: a file with a line a pipeline rank such as "
+                                              "0F0,0F1,0B0,0B1 (chunk, F B I or W, microbatch), or these lines")
+    zero: Literal[0, 1, 2, 3] = option(1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights too "
+                                          "(2 and 3 on paper only)")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "
                                                                      "attention block, the layer")
@@ -60,7 +68,7 @@ class Train:
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = option("bf16", "parameters and activations; bf16 and fp16 "
                                                                         "keep fp32 master weights")
     seed: int = option(1, "of weights, sample order and dropout", 0)
-    max_skips: int = option(20, "non-finite steps skipped in a row before the run fails", 0)
+    max_skips: int = option(20, "bad steps in a row, or rollbacks in all, before the run fails", 0)
     compile: bool = option(False, "torch.compile the layers' compute")
 
 
@@ -78,6 +86,17 @@ class Optim:
     decay_steps: int | None = option(None, "step at which the cosine reaches min_lr; default: train.steps", 0)
     ramp: tuple[int, int, int] | None = option(None, "batch ramp: start and increment (sequences), over samples")
     loss_scale: float = option(65536.0, "first loss scale (fp16 only)", 1)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What protects the weights from a bad step, beyond skipping those that are not finite."""
+
+    spike: float = option(0.0, "robust z-score of loss or gradient norm above which a step is bad; 0 = none", 0)
+    window: int = option(64, "updates that a step is held against", 4)
+    on_spike: Literal["skip", "rollback"] = option("skip", "leave the update out, or return to the last checkpoint "
+                                                           "and leave the bad samples out")
+    check_replicas_every: int = option(100, "steps between comparisons of replicated weights; 0 = never", 0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,17 @@ class Checkpoint:
     keep_every: int = option(0, "sets of steps that this divides are kept for good; 0 = none", 0)
     asynchronous: bool = option(True, "steps wait only for a copy in memory; a child process beside each rank writes")
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
+    compression: Literal["none", "blosc2-zstd", "blosc2-lz4"] = option("none", "lossless, of the shard files; needs "
+                                                                               "hdf5plugin, to read too")
+
+
+@dataclass(frozen=True)
+class Health:
+    """When a rank that gives no sign of life is taken for stuck, by what it is doing."""
+
+    step_limit_s: float = option(300.0, "seconds without progress inside a step", 1)
+    start_limit_s: float = option(1800.0, "the same while starting and in the first step, which may compile", 1)
+    save_limit_s: float = option(1800.0, "the same while saving, validating and finishing", 1)
 
 
 @dataclass(frozen=True)
@@ -122,6 +152,7 @@ class Submit:
     mpi: str = option("pmi2", "srun --mpi; pip's mpich wants pmi2")
     cpus_per_task: int = option(1, "cores a rank", 1)
     exclude: tuple[str, ...] = option((), "nodes not to use")
+    price_per_gpu_hour: float = option(0.0, "what `hpcpar plan` reckons with, in any currency", 0)
     setup: tuple[str, ...] = option((), "shell lines before the run (modules, environment)")
     constraint: str = option("", "features that a node must have (sbatch --constraint)")
     gres: str = option("", "how the cluster calls its GPUs, such as gpu:a100; default: --gpus-per-node")
@@ -141,8 +172,10 @@ class Job:
     layout: LayoutWish = field(default_factory=LayoutWish)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
+    stability: Stability = field(default_factory=Stability)
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    health: Health = field(default_factory=Health)
     machine: Machine = field(default_factory=Machine)
     submit: Submit = field(default_factory=Submit)
 

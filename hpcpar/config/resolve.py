@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from hpcpar.config.job import Job, required
+from hpcpar.config.job import Job, LayoutWish, required
 from hpcpar.config.load import override
 from hpcpar.errors import UserError
 
 
-def resolve(job: Job, world_size: int | None = None) -> Job:
+def resolve(job: Job, world_size: int | None = None, on_paper: bool = False) -> Job:
     """Return `job` with every derived value filled in, or raise UserError with field, rule and nearest fix.
 
     `world_size` is the number of ranks started; None (show, submit) takes it from dp, else from [machine].
+    `on_paper`: the planner also prices layouts that no rank can run yet.
     """
     model, layout = job.model, job.layout
     kv_heads = model.kv_heads or model.heads
@@ -25,9 +27,13 @@ def resolve(job: Job, world_size: int | None = None) -> Job:
     decay_steps = job.train.steps if job.optim.decay_steps is None else job.optim.decay_steps
     job = override(job, model={"kv_heads": kv_heads, "ffn": ffn}, layout={"dp": dp},
                    optim={"decay_steps": decay_steps})
-    _check_supported(job)
+    if isinstance(layout.table, str):
+        job = override(job, layout={"table": _read_lines("layout.table", layout.table)})
+    if not on_paper:
+        _check_runs(job)
     _check_model(job)
     _check_cuts(job)
+    _check_schedule(job)
     _check_world(job, world_size)
     _check_batch(job)
     _check_optim(job)
@@ -52,10 +58,11 @@ def _divisors(*numbers: int) -> list[int]:
     return sorted({*low, *(common // d for d in low)})
 
 
-def _check_supported(job: Job) -> None:
-    for name in ("cp", "ep", "chunks"):
+def _check_runs(job: Job) -> None:
+    """Refuse what the planner can price and the trainer cannot run."""
+    for name in ("cp", "ep", "zero"):
         value = getattr(job.layout, name)
-        _require(value == 1, f"layout.{name}", f"is {value}, but this version only runs {name} = 1",
+        _require(value <= 1, f"layout.{name}", f"is {value}, but this version only runs {name} = 1",
                  f"write {name} = 1")
 
 
@@ -82,11 +89,50 @@ def _check_cuts(job: Job) -> None:
              nearest(tp, legal))
     _require(model.vocab >= tp, "model.vocab", f"{model.vocab} is fewer rows than layout.tp = {tp}",
              f"write vocab = {tp} or more")
-    _require(not layout.sequence_parallel or model.seq % tp == 0, "model.seq",
-             f"sequence parallelism needs seq divisible by layout.tp = {tp}, not {model.seq}",
-             f"write seq = {max(1, model.seq // tp) * tp}, or --layout.sequence_parallel false")
+    unit = tp * layout.cp
+    _require(not layout.sequence_parallel or model.seq % unit == 0, "model.seq", "sequence parallelism needs seq "
+             f"divisible by layout.tp = {tp}{f' x layout.cp = {layout.cp}' if layout.cp > 1 else ''}, not {model.seq}",
+             f"write seq = {max(1, model.seq // unit) * unit}, or --layout.sequence_parallel false")
+    _require(layout.ep == 1, "layout.ep", f"is {layout.ep}, but the model has no experts", "write ep = 1")
+    _require(model.seq % layout.cp == 0, "layout.cp", f"{layout.cp} does not divide model.seq = {model.seq}",
+             nearest(layout.cp, _divisors(model.seq)))
     _require(layout.pp <= model.layers, "layout.pp", f"{layout.pp} stages for model.layers = {model.layers}: "
              "every stage needs a layer", f"nearest legal: {model.layers}")
+    _require(layout.pp * layout.chunks <= model.layers, "layout.chunks", f"{layout.chunks} x layout.pp = {layout.pp} "
+             f"chunks for model.layers = {model.layers}: every chunk needs a layer",
+             f"nearest legal: {model.layers // layout.pp}")
+
+
+def _check_schedule(job: Job) -> None:
+    layout = job.layout
+    name, chunks = layout.schedule, layout.chunks
+    _require(name not in ("pipedream", "2bw"), "layout.schedule", f'"{name}" computes gradients with old weights: it '
+             "is on paper only, no rank plays it", "choose another, and see it by hpcpar show JOB --schedule " + name)
+    _require(name == "table" or not layout.table, "layout.table", f"is given, but layout.schedule is {name}",
+             'write schedule = "table"')
+    _require(name != "table" or len(layout.table) > 0, "layout.table", "is empty, but layout.schedule is table",
+             "give a file, or a line of actions for each pipeline rank")
+    low, high = {"interleaved": (2, None), "zbv": (2, 2), "dualpipev": (2, 2), "gpipe": (1, 1),
+                 "1f1b": (1, 1)}.get(name, (1, None))
+    _require(chunks >= low and (high is None or chunks <= high), "layout.chunks",
+             f"is {chunks}, but {name} has {low if high else f'{low} or more'} a rank", f"write chunks = {low}")
+    _require(not (_splits(layout) and job.train.compile), "train.compile", f"does not go with {name}, which splits "
+             "backwards in two", "write compile = false, or schedule = 1f1b")
+
+
+def _splits(layout: LayoutWish) -> bool:
+    """Whether the schedule has backwards of input and weights apart."""
+    own = any("W" in line for line in layout.table)
+    return layout.schedule in ("zero-bubble", "zbv", "dualpipev") or own
+
+
+def _read_lines(where: str, path: str) -> tuple[str, ...]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not text"
+        raise UserError(where, f"cannot read {path}: {reason}", "give the path of a text file") from None
+    return tuple(line for line in text.splitlines() if line.strip())
 
 
 def _check_world(job: Job, world_size: int | None) -> None:
@@ -106,21 +152,36 @@ def _check_world(job: Job, world_size: int | None) -> None:
 
 
 def _check_batch(job: Job) -> None:
-    train, dp = job.train, required(job.layout.dp)
+    train, layout, dp = job.train, job.layout, required(job.layout.dp)
     unit = dp * train.microbatch
-    rule = f"must be a multiple of layout.dp x train.microbatch = {dp} x {train.microbatch} = {unit}"
+    rule = f"must be a multiple of layout.dp x train.microbatch = {dp} x {train.microbatch}"
+    if layout.schedule == "interleaved" or (layout.schedule == "zero-bubble" and layout.chunks > 1):
+        unit *= layout.pp
+        rule += f" x layout.pp = {layout.pp} (chunks take microbatches in rounds of pp)"
+    rule += f" = {unit}"
+    least = unit * 2 * layout.pp if layout.schedule == "dualpipev" else unit
     batch = train.global_batch
-    legal = [v for v in (batch // unit * unit, batch // unit * unit + unit) if v]
-    _require(batch % unit == 0, "train.global_batch", f"{batch} {rule}", nearest(batch, legal))
+    _require(batch % unit == 0, "train.global_batch", f"{batch} {rule}", nearest(batch, _around(batch, unit)))
+    _require(batch >= least, "train.global_batch", f"{batch} are fewer than the 2 x layout.pp = {2 * layout.pp} "
+             f"microbatches a replica that {layout.schedule} needs", f"nearest legal: {least}")
     if job.optim.ramp is not None:
         start, increment, samples = job.optim.ramp
         whole = 0 < start <= batch and increment > 0 and samples >= 0 and (batch - start) % increment == 0
         _require(whole, "optim.ramp",
                  f"{list(job.optim.ramp)} must go from start to global_batch = {batch} in whole increments",
-                 f"for example [{unit}, {unit}, {10 * batch}]")
+                 f"for example [{least}, {unit}, {10 * batch}]")
         for name, value in (("start", start), ("increment", increment)):
             _require(value % unit == 0, "optim.ramp", f"its {name} {value} {rule}",
-                     nearest(value, [v for v in (value // unit * unit, value // unit * unit + unit) if v]))
+                     nearest(value, _around(value, unit)))
+        _require(start >= least, "optim.ramp", f"starts with {start}, fewer than {layout.schedule} needs",
+                 f"nearest legal start: {least}")
+        _require(layout.schedule != "table", "optim.ramp", "changes the microbatches of a step, a table does not",
+                 "leave the ramp out, or choose a schedule by name")
+
+
+def _around(value: int, unit: int) -> list[int]:
+    below = value // unit * unit
+    return [v for v in (below, below + unit) if v]
 
 
 def _check_optim(job: Job) -> None:
@@ -132,3 +193,6 @@ def _check_optim(job: Job) -> None:
     _require(data.validation < 1, "data.validation", f"is {data.validation}, must be below 1", "write 0.01")
     _require(job.checkpoint.ranks_per_file <= job.world_size, "checkpoint.ranks_per_file",
              f"is {job.checkpoint.ranks_per_file}, more than the {job.world_size} ranks", f"write {job.world_size}")
+    _require(job.checkpoint.compression == "none" or job.checkpoint.ranks_per_file == 1, "checkpoint.compression",
+             f"is {job.checkpoint.compression} with {job.checkpoint.ranks_per_file} ranks a file, which must know the "
+             "sizes beforehand", "write ranks_per_file = 1")

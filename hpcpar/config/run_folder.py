@@ -23,9 +23,24 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def journal(self) -> Path:
+        """One JSON line a start, and a clean end."""
+        return self.path / "journal.jsonl"
+
+    @property
     def logs(self) -> Path:
         """One text file a rank."""
         return self.path / "logs"
+
+    @property
+    def watch(self) -> Path:
+        """What the hosts' witnesses tell one another."""
+        return self.logs / "watch"
+
+    @property
+    def hosts(self) -> Path:
+        """Which rank runs on which host."""
+        return self.watch / "hosts.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -41,6 +56,11 @@ class RunFolder:
     def stop(self) -> Path:
         """Created by anyone to make the run save and stop."""
         return self.path / "STOP"
+
+    @property
+    def rewinds(self) -> Path:
+        """What was asked of --rewind-to and --skip-samples, a JSON line each."""
+        return self.path / "rewinds.jsonl"
 
     @property
     def timeline(self) -> Path:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from hpcpar.config.job import Job, required
 from hpcpar.layout.buckets import Bucket, Piece, make_buckets, owned_pieces
 from hpcpar.layout.mesh import Mesh
 from hpcpar.layout.parameters import Parameter, parameter_table
-from hpcpar.layout.schedule import Action, Kind, stage_program, with_transfers
-from hpcpar.layout.stages import split_layers, stage_parameters
+from hpcpar.layout.schedule import Action, Schedule, forward_only, make_programs, make_schedule, place_chunks
+from hpcpar.layout.schedule.table import parse_table
+from hpcpar.layout.stages import chunk_parameters, split_layers
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Layout:
     """
 
     job: Job
+
+    def __post_init__(self) -> None:
+        """Refuse a user's table that cannot be played, before any rank starts to."""
+        if self.job.layout.schedule == "table":
+            self.schedule(self.num_microbatches)
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -34,9 +40,26 @@ class Layout:
         return parameter_table(self.job.model)
 
     @cached_property
-    def stages(self) -> tuple[range, ...]:
-        """Each stage's layers."""
-        return split_layers(self.job.model.layers, self.mesh.pp_size)
+    def chunk_ranks(self) -> tuple[int, ...]:
+        """The pipeline rank of each chunk of the network, from the embedding to the logits."""
+        if self.job.layout.schedule == "table":
+            return self.schedule(self.num_microbatches).chunk_ranks
+        return place_chunks(self.job.layout.schedule, self.mesh.pp_size, self.job.layout.chunks)
+
+    @cached_property
+    def chunks(self) -> tuple[range, ...]:
+        """Each chunk's layers."""
+        return split_layers(self.job.model.layers, self.chunk_ranks)
+
+    def chunks_of(self, pp_rank: int) -> list[int]:
+        """List the chunks that a stage holds."""
+        return [chunk for chunk, rank in enumerate(self.chunk_ranks) if rank == pp_rank]
+
+    @cached_property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """Each stage's layers: those of its chunks."""
+        return tuple(tuple(layer for chunk in self.chunks_of(pp_rank) for layer in self.chunks[chunk])
+                     for pp_rank in range(self.mesh.pp_size))
 
     @property
     def sequence_parallel(self) -> bool:
@@ -60,12 +83,14 @@ class Layout:
 
     @property
     def tied_across_stages(self) -> bool:
-        """Whether the first and the last stage both hold the embedding."""
-        return self.job.model.tied and self.mesh.pp_size > 1
+        """Whether the embedding is held twice: on the first chunk's stage and, for the logits, on the last's."""
+        return self.job.model.tied and self.chunk_ranks[0] != self.chunk_ranks[-1]
 
     def parameters(self, pp_rank: int) -> tuple[Parameter, ...]:
-        """List the parameters on a stage."""
-        return stage_parameters(self.table, self.stages, pp_rank, self.job.model.tied)
+        """List the parameters on a stage, in the order of the forward pass."""
+        held = [p for chunk in self.chunks_of(pp_rank)
+                for p in chunk_parameters(self.table, self.chunks, chunk, self.job.model.tied)]
+        return tuple(dict.fromkeys(held))  # in a V one stage may have both uses of a tied embedding
 
     def is_late(self, parameter: Parameter) -> bool:
         """Whether a gradient needs another sum before the one over dp: partial over tp, shared kv head, tied copy."""
@@ -90,21 +115,49 @@ class Layout:
         limit = int(self.job.layout.bucket_mib * 2**20 / 4)
         return make_buckets(parameters, late, self.mesh.tp_size, tp_rank, self.num_shards, limit)
 
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a replica in a step of the full batch."""
+        return self.job.train.global_batch // (self.mesh.dp_size * self.job.train.microbatch)
+
+    def schedule(self, num_microbatches: int) -> Schedule:
+        """Return what all stages compute in a step, in which order."""
+        wish = self.job.layout
+        if wish.schedule == "table":
+            return parse_table(wish, num_microbatches)
+        return make_schedule(wish.schedule, self.mesh.pp_size, num_microbatches, wish.chunks)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether some weight gradients are computed apart."""
+        return self.schedule(self.num_microbatches).splits
+
     def program(self, pp_rank: int, num_microbatches: int) -> list[Action]:
         """Return the actions that a stage plays in a step."""
-        return stage_program(self.job.layout.schedule, self.mesh.pp_size, num_microbatches, pp_rank)
+        return self._programs(num_microbatches, False)[pp_rank]
 
     def forward_program(self, pp_rank: int, num_microbatches: int) -> list[Action]:
         """Return the actions of a validation: forwards only."""
-        forwards = [Action(Kind.FORWARD, m) for m in range(num_microbatches)]
-        return with_transfers(forwards, self.mesh.pp_size, pp_rank)
+        return self._programs(num_microbatches, True)[pp_rank]
+
+    def _programs(self, num_microbatches: int, only_forward: bool) -> list[list[Action]]:
+        key = (num_microbatches, only_forward)
+        if key not in self._known_programs:
+            make = partial(forward_only, self.chunk_ranks) if only_forward else self.schedule
+            self._known_programs[key] = make_programs(make(num_microbatches))
+        return self._known_programs[key]
+
+    @cached_property
+    def _known_programs(self) -> dict[tuple[int, bool], list[list[Action]]]:
+        return {}  # every step asks, and asks for the same
 
     def counts(self, parameter: Parameter, pp_rank: int, tp_rank: int) -> bool:
         """Whether this rank's copy is the one that counts in global norms and is stored.
 
-        Of several equal copies (replicated over tp, shared kv heads, tied on the last stage) the first counts.
+        Of several equal copies (replicated over tp, shared kv heads, tied on the last chunk) the first counts.
         """
-        if self.tied_across_stages and parameter.name == "embedding.token.weight" and pp_rank > 0:
+        tied = self.tied_across_stages and parameter.name == "embedding.token.weight"
+        if tied and pp_rank != self.chunk_ranks[0]:
             return False
         if parameter.tp_dim is None:
             return tp_rank == 0

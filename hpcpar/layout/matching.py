@@ -16,13 +16,13 @@ from typing import NamedTuple
 from hpcpar.errors import HpcparError
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.mesh import Mesh
-from hpcpar.layout.schedule import Action, Kind
+from hpcpar.layout.schedule import SENDS, Action, Kind, receive_of
 from hpcpar.layout.traffic import Call, Traffic
 
 GROUPS = ("tp", "dp", "pp_forward", "pp_backward", "everyone")
-READS = {Kind.FORWARD: Kind.RECEIVE_FORWARD, Kind.BACKWARD: Kind.RECEIVE_BACKWARD}
-MEETS = {Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD, Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD}
-Message = tuple[object, ...]  # names a message on both ends: its receive and microbatch
+READS = {Kind.FORWARD: Kind.RECEIVE_FORWARD, Kind.BACKWARD: Kind.RECEIVE_BACKWARD,
+         Kind.BACKWARD_INPUT: Kind.RECEIVE_BACKWARD}
+Message = tuple[object, ...]  # names a message on both ends: its receive
 
 
 class Does(Enum):
@@ -85,17 +85,19 @@ def moves_of_layout(layout: Layout, num_microbatches: int) -> Callable[[int], Se
 def _played(traffic: Traffic, program: Sequence[Action]) -> list[Move]:
     """List what a stage's actions make a rank do; a computation waits for the message that it reads."""
     received = {action for action in program if action.kind in READS.values()}
-    computed = {kind: _in_groups(calls) for kind, calls in
-                ((Kind.FORWARD, traffic.forward), (Kind.BACKWARD, traffic.backward))}
+    computed: dict[tuple[Kind, int], list[Move]] = {}
     moves: list[Move] = []
     for action in program:
         if action.kind in READS:
             reads = action._replace(kind=READS[action.kind])
             moves += [Move(AWAIT, message=reads)] if reads in received else []
-            moves += computed[action.kind]
-        else:
+            if (action.kind, action.chunk) not in computed:
+                computed[action.kind, action.chunk] = _in_groups(traffic.during(action))
+            moves += computed[action.kind, action.chunk]
+        elif action.kind is not Kind.BACKWARD_WEIGHT:
             calls = traffic.during(action)
-            moves.append(Move(POST, calls[0].group, calls, action._replace(kind=MEETS.get(action.kind, action.kind))))
+            meets = receive_of(action) if action.kind in SENDS else action
+            moves.append(Move(POST, calls[0].group, calls, meets))
     return moves
 
 
@@ -250,4 +252,4 @@ def _say_move(move: Move) -> str:
 
 
 def _name(message: Message) -> str:
-    return "".join(str(part.value if isinstance(part, Kind) else part) for part in message)
+    return str(message) if isinstance(message, Action) else "".join(map(str, message))

@@ -1,36 +1,39 @@
-"""Layers -> pipeline stages, and which stage holds which parameter."""
+"""Layers -> chunks of the network, and which chunk holds which parameter."""
 
 from __future__ import annotations
 
 from hpcpar.layout.parameters import Parameter
 
 
-def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
-    """Return each stage's global layer numbers, as even as can be.
+def split_layers(num_layers: int, chunk_ranks: tuple[int, ...]) -> tuple[range, ...]:
+    """Return each chunk's global layer numbers, as even as can be; `chunk_ranks` names the pipeline rank of each.
 
-    Spare layers go to the middle stages first: the first stage also embeds, the last also computes logits.
+    Spare layers go to ranks with fewest layers, and there to the middle chunks first: the first chunk also embeds, the
+    last also computes logits.
     """
-    base, spare = divmod(num_layers, num_stages)
-    favoured = [*range(1, num_stages - 1), 0, num_stages - 1][:spare] if num_stages > 1 else []
-    ends, start = [], 0
-    for stage in range(num_stages):
-        stop = start + base + (stage in favoured)
-        ends.append(range(start, stop))
-        start = stop
-    return tuple(ends)
+    num_chunks = len(chunk_ranks)
+    base, spare = divmod(num_layers, num_chunks)
+    sizes, load = [base] * num_chunks, [0] * (1 + max(chunk_ranks))
+    for _ in range(spare):
+        chunk = min((c for c in range(num_chunks) if sizes[c] == base),
+                    key=lambda c: (load[chunk_ranks[c]], c in (0, num_chunks - 1), c))
+        sizes[chunk] += 1
+        load[chunk_ranks[chunk]] += 1
+    starts = [sum(sizes[:chunk]) for chunk in range(num_chunks)]
+    return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def stage_parameters(
-    table: tuple[Parameter, ...], stages: tuple[range, ...], stage: int, tied: bool
+def chunk_parameters(
+    table: tuple[Parameter, ...], chunks: tuple[range, ...], chunk: int, tied: bool
 ) -> tuple[Parameter, ...]:
-    """List the parameters on a stage; a tied embedding is on the first stage and, for the logits, on the last."""
-    last = stage == len(stages) - 1
+    """List the parameters of a chunk; a tied embedding is in the first chunk and, for the logits, in the last."""
+    last = chunk == len(chunks) - 1
     held = []
     for parameter in table:
         if parameter.layer is not None:
-            here = parameter.layer in stages[stage]
+            here = parameter.layer in chunks[chunk]
         elif parameter.name.startswith("embedding."):
-            here = stage == 0 or (last and tied and parameter.name == "embedding.token.weight")
+            here = chunk == 0 or (last and tied and parameter.name == "embedding.token.weight")
         else:
             here = last
         if here:

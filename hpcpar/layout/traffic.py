@@ -13,7 +13,7 @@ from typing import NamedTuple
 from hpcpar.layout.buckets import Bucket
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.mesh import Coordinates
-from hpcpar.layout.schedule import Action, Kind
+from hpcpar.layout.schedule import COMPUTE, Action, Kind
 
 
 class Call(NamedTuple):
@@ -43,18 +43,16 @@ class Traffic:
     layout: Layout
     at: Coordinates
 
-    @cached_property
-    def forward(self) -> tuple[Call, ...]:
-        """The calls of one microbatch's forward."""
-        calls = self._leave[0] if self._first else []
-        calls += (self._enter[0] + self._leave[0]) * (2 * self._num_layers)
-        if self._last and self._tp_size > 1:
+    def forward(self, chunk: int) -> tuple[Call, ...]:
+        """Return the calls of one microbatch's forward through a chunk."""
+        calls = self._leave[0] if chunk == 0 else []
+        calls += (self._enter[0] + self._leave[0]) * (2 * len(self.layout.chunks[chunk]))
+        if chunk == self._last_chunk and self._tp_size > 1:
             calls += [*self._enter[0], Call("all_gather", "tp", 2 * self._tp_size * self._tokens * self._loss_bytes)]
         return tuple(calls)
 
-    @cached_property
-    def backward(self) -> tuple[Call, ...]:
-        """The calls of one microbatch's backward, those of recomputed forwards included."""
+    def backward(self, chunk: int) -> tuple[Call, ...]:
+        """Return the calls of one microbatch's backward (B or I), those of recomputed forwards included."""
         part, back = self._enter[0] + self._leave[0], self._leave[1] + self._enter[1]
         layer = back * 2
         if self.layout.job.layout.recompute == "full":
@@ -62,24 +60,25 @@ class Traffic:
             # dropout's mask both lie before the exchange that leaves the MLP
             dropout = self.layout.job.model.dropout > 0
             layer = part * 2 + layer if dropout else self._leave[1] + part + self._enter[0] + self._enter[1] + back
-        return tuple((self._enter[1] if self._last else []) + layer * self._num_layers
-                     + (self._leave[1] if self._first else []))
+        return tuple((self._enter[1] if chunk == self._last_chunk else []) + layer * len(self.layout.chunks[chunk])
+                     + (self._leave[1] if chunk == 0 else []))
 
     def during(self, action: Action) -> tuple[Call, ...]:
         """Return the calls of one action of the stage's program."""
         if action.kind is Kind.FORWARD:
-            return self.forward
-        if action.kind is Kind.BACKWARD:
-            return self.backward
-        stage = self.at.pp_rank
-        op, group, peer = {
-            Kind.RECEIVE_FORWARD: ("receive", "pp_forward", stage - 1),
-            Kind.SEND_FORWARD: ("send", "pp_forward", stage + 1),
-            Kind.RECEIVE_BACKWARD: ("receive", "pp_backward", stage + 1),
-            Kind.SEND_BACKWARD: ("send", "pp_backward", stage - 1),
+            return self.forward(action.chunk)
+        if action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+            return self.backward(action.chunk)
+        if action.kind is Kind.BACKWARD_WEIGHT:
+            return ()
+        op, group, step = {
+            Kind.RECEIVE_FORWARD: ("receive", "pp_forward", -1),
+            Kind.SEND_FORWARD: ("send", "pp_forward", 1),
+            Kind.RECEIVE_BACKWARD: ("receive", "pp_backward", 1),
+            Kind.SEND_BACKWARD: ("send", "pp_backward", -1),
         }[action.kind]
         num_bytes = self._activation_bytes // (self._tp_size if self.layout.sequence_parallel else 1)
-        return (Call(op, group, num_bytes, peer),)
+        return (Call(op, group, num_bytes, self.layout.chunk_ranks[action.chunk + step]),)
 
     @cached_property
     def early_reductions(self) -> tuple[Call, ...]:
@@ -88,7 +87,7 @@ class Traffic:
 
     @cached_property
     def late_reductions(self) -> tuple[Call, ...]:
-        """What follows the last backward: sums over tp or with the tied copy, then over dp; the step's three numbers.
+        """What follows the last backward: sums over tp or with the tied copy, then over dp; the step's four numbers.
         """
         calls: list[Call] = []
         for bucket in self._buckets:
@@ -96,7 +95,7 @@ class Traffic:
                 tied = bucket.slots[0].parameter.is_vocabulary
                 calls += self._with_tied_copy(bucket) if tied else self._over_tp(bucket)
                 calls += self._over_dp(bucket)
-        return (*calls, Call("all_reduce", "everyone", 3 * 8)) if self.layout.mesh.size > 1 else tuple(calls)
+        return (*calls, Call("all_reduce", "everyone", 4 * 8)) if self.layout.mesh.size > 1 else tuple(calls)
 
     @cached_property
     def update(self) -> tuple[Call, ...]:
@@ -110,7 +109,7 @@ class Traffic:
 
         Early reductions overlap with the last backward; here they stand after it.
         """
-        last = max(i for i, action in enumerate(program) if action.kind is Kind.BACKWARD)
+        last = max(i for i, action in enumerate(program) if action.kind in COMPUTE)
         calls: list[Call] = []
         for index, action in enumerate(program):
             calls += self.during(action)
@@ -122,16 +121,8 @@ class Traffic:
         return self.layout.mesh.tp_size
 
     @property
-    def _first(self) -> bool:
-        return self.at.pp_rank == 0
-
-    @property
-    def _last(self) -> bool:
-        return self.at.pp_rank == self.layout.mesh.pp_size - 1
-
-    @property
-    def _num_layers(self) -> int:
-        return len(self.layout.stages[self.at.pp_rank])
+    def _last_chunk(self) -> int:
+        return len(self.layout.chunks) - 1
 
     @cached_property
     def _buckets(self) -> tuple[Bucket, ...]:
@@ -184,6 +175,7 @@ class Traffic:
     def _with_tied_copy(self, bucket: Bucket) -> list[Call]:
         """Both ends of the pipeline swap their gradients of the embedding."""
         num_bytes = bucket.numel * self.layout.main_bytes
-        there, back, peer = ("pp_forward", "pp_backward", self.layout.mesh.pp_size - 1) if self._first \
-            else ("pp_backward", "pp_forward", 0)
+        first, last = self.layout.chunk_ranks[0], self.layout.chunk_ranks[-1]
+        there, back, peer = ("pp_forward", "pp_backward", last) if self.at.pp_rank == first \
+            else ("pp_backward", "pp_forward", first)
         return [Call("send", there, num_bytes, peer), Call("receive", back, num_bytes, peer)]

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         super().__init__()
         kv_width = model.hidden // model.heads * required(model.kv_heads)
         biased = model.kind == "gpt"
-        self.head_dim = model.hidden // model.heads
+        self.head_dim, self.qk_norm = model.hidden // model.heads, model.qk_norm
         self.q = Linear(model.hidden, model.hidden, bias=biased)
         self.k = Linear(model.hidden, kv_width, bias=biased)
         self.v = Linear(model.hidden, kv_width, bias=biased)
@@ -75,6 +75,8 @@ class Attention(nn.Module):
     def attend(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         """Map the tokens that `enter` gave, [..., hidden], to this rank's partial output of the same shape."""
         q, k, v = (self.to_heads(matrix(x), self.head_dim) for matrix in (self.q, self.k, self.v))
+        if self.qk_norm:  # without weights, so that nothing is added to a checkpoint; rotation keeps the length
+            q, k = (F.rms_norm(each, (self.head_dim,), eps=1e-5) for each in (q, k))
         if rotary is not None:
             seq = q.shape[2]
             q, k = rotate(q, rotary[:, :seq]), rotate(k, rotary[:, :seq])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch.nn.functional as F
@@ -19,10 +20,18 @@ def make_norm(model: Model) -> nn.Module:
     return nn.LayerNorm(model.hidden, eps=1e-5) if model.kind == "gpt" else nn.RMSNorm(model.hidden, eps=1e-5)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over tokens of -log softmax(logits)[target]; logits [batch, seq, vocab], in fp32 or better."""
+def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Return the mean over tokens of -log softmax(logits)[target]; logits [batch, seq, vocab], in fp32 or better.
+
+    The gradient is also that of z_loss x mean of log-normaliser squared, which keeps logits from drifting; the value
+    is not, so that losses stay comparable. Source: Chowdhery et al. 2022, arXiv 2204.02311, section 5.
+    """
     wide = logits.float() if logits.element_size() < 4 else logits
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten())
+    loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten())
+    if not z_loss:
+        return loss
+    penalty = z_loss * wide.logsumexp(-1).square().mean()
+    return loss + (penalty - penalty.detach())
 
 
 class MLP(nn.Module):
@@ -81,10 +90,14 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(model.seq, model.hidden) if with_position else None
         self.lookup: Callable[[Vocabulary, Tensor], Tensor] = look_up
         self.first_position = 0  # of this rank's tokens, under sequence parallelism
+        self.grad_factor = model.embedding_grad
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens [batch, seq] to [batch, seq(/tp), hidden]."""
         x = self.lookup(self.token, tokens)
+        if self.grad_factor != 1:
+            # the value stays, bit by bit: only the gradient shrinks. Source: GLM-130B, arXiv 2210.02414, section 2.2
+            x = x.detach() + self.grad_factor * (x - x.detach())
         if self.position is None:
             return x
         return x + self.position.weight[self.first_position:self.first_position + x.shape[1]]
@@ -109,7 +122,7 @@ class Transformer(nn.Module):
         self.first, self.last = first, last
         self.enter_head: Exchange = identity
         self.vocab_rows = model.vocab  # rows of the local output matrix that are not padding
-        self.token_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+        self.token_loss: Callable[[Tensor, Tensor], Tensor] = partial(cross_entropy, z_loss=model.z_loss)
         self.run_block: Callable[[Block, Tensor, Tensor | None, Draw | None], Tensor] = Block.__call__
         self._rotary: Tensor | None = None
 

@@ -11,6 +11,7 @@ from hpcpar.comm.p2p import Neighbours
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
+from hpcpar.parallel.gradients import PutOff
 from hpcpar.parallel.pipeline import Pipeline
 from hpcpar.parallel.recompute import apply_recompute
 from hpcpar.parallel.tensor import apply_tensor_parallelism
@@ -28,17 +29,21 @@ def build(layout: Layout, groups: Groups, device: torch.device,
     """
     job, at = layout.job, groups.at
     dtype = DTYPES[job.train.precision]
-    last = at.pp_rank == layout.mesh.pp_size - 1
+    last = len(layout.chunks) - 1
     with torch.device("meta"):
-        stage = Transformer(job.model, layout.stages[at.pp_rank], first=at.pp_rank == 0, last=last)
-    optimizer = ShardedOptimizer(layout, groups, stage, dtype, device)
-    if groups.tp is not None:
-        apply_tensor_parallelism(stage, layout, groups.tp, at.tp_rank)
-    if job.train.compile:
-        _compile(stage)
-    apply_recompute(stage, job.layout.recompute)
+        chunks = {chunk: Transformer(job.model, layout.chunks[chunk], first=chunk == 0, last=chunk == last)
+                  for chunk in layout.chunks_of(at.pp_rank)}
+    put_off: PutOff | None = [] if layout.splits_backward else None
+    optimizer = ShardedOptimizer(layout, groups, chunks, dtype, device, put_off)
+    for network in chunks.values():
+        if groups.tp is not None:
+            apply_tensor_parallelism(network, layout, groups.tp, at.tp_rank)
+        if job.train.compile:
+            _compile(network)
+        apply_recompute(network, job.layout.recompute)
     seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq
-    return Pipeline(stage, Neighbours(groups, dtype, device), (seq, job.model.hidden), note), optimizer
+    neighbours = Neighbours(groups, layout.chunk_ranks, dtype, device)
+    return Pipeline(chunks, neighbours, (seq, job.model.hidden), note, put_off), optimizer
 
 
 def initialise(optimizer: ShardedOptimizer, seed: int) -> None:

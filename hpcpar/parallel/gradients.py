@@ -3,12 +3,15 @@
     autograd   dW = grad^T x, a new tensor; .grad += dW; next step .grad = 0: six passes over a weight's memory
     here       bucket (+)= grad^T x, one matrix product: one pass, for the first microbatch overwrites; then two
 
-A product still runs in backward, after the gradient of its input.
+A product still runs in backward, after the gradient of its input; or, where a schedule splits backwards into I and W,
+it is put off: backward (I) leaves it in a list, and W works the list off. What is not a matrix product (norms, biases,
+rows of the embedding) stays with I: it is small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+PutOff = list[Callable[[], None]]  # matrix products still to be done
+
 
 class Sink:
     """Where one matrix's gradient goes: `main`, its view of the bucket, in the main dtype.
 
-    `done` is called after every contribution: a microbatch brings one for every use of the matrix.
+    `done` is called after every contribution: a microbatch brings one for every use of the matrix. With `put_off`
+    backward does not do the products but adds them to that list.
     """
 
-    def __init__(self, main: Tensor, done: Callable[[], None]):
-        self.main, self.done = main, done
+    def __init__(self, main: Tensor, done: Callable[[], None], put_off: PutOff | None = None):
+        self.main, self.done, self.put_off = main, done, put_off
         self.empty = True  # what lies in `main` is last step's
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,7 +78,10 @@ class _Product(Function):
         x, weight = ctx.saved_tensors
         flat = grads[0].flatten(0, -2)
         dx = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        ctx.sink.add_product(flat, x.flatten(0, -2))
+        if ctx.sink.put_off is None:
+            ctx.sink.add_product(flat, x.flatten(0, -2))
+        else:
+            ctx.sink.put_off.append(partial(ctx.sink.add_product, flat, x.flatten(0, -2)))
         return dx, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
 
 

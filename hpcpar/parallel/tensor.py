@@ -45,7 +45,7 @@ def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, t
         stage.enter_head = enter
         stage.vocab_rows = rows
         stage.token_loss = lambda logits, targets: vocabulary_parallel_loss(
-            logits, as_gathered(targets, num_parts), group, first_row)
+            logits, as_gathered(targets, num_parts), group, first_row, stage.model.z_loss)
 
 
 # Under sequence parallelism a gathered tensor holds [tp, batch, seq/tp] tokens, rank by rank. Matrices do not mind the
@@ -81,11 +81,12 @@ class _VocabularyParallelLoss(Function):
     """Cross-entropy over logits cut by vocabulary: one all-gather of (log-sum-exp, target logit) a token.
 
     forward   lse = log sum_r exp(lse_r);  loss = mean(lse - target logit)
-    backward  d logits = (exp(logits - lse) - onehot) / tokens, local, in the buffer of the logits
+    backward  d logits = (exp(logits - lse) (1 + 2 z lse) - onehot) / tokens, local; z is the weight of the z-loss
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group, first_row: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group, first_row: int,
+                z_loss: float) -> Tensor:
         flat, local = logits.flatten(0, 1), targets.flatten() - first_row
         here = (local >= 0) & (local < flat.shape[1])
         index = (local * here)[:, None]
@@ -94,19 +95,22 @@ class _VocabularyParallelLoss(Function):
         gather_flat(everyones, mine, group)
         lse = everyones[:, 0].logsumexp(0)
         ctx.save_for_backward(flat, lse, index, here)
-        ctx.shape = logits.shape
+        ctx.shape, ctx.z_loss = logits.shape, z_loss
         return (lse - everyones[:, 1].sum(0)).mean()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         flat, lse, index, here = ctx.saved_tensors
         grad = torch.exp(flat - lse[:, None])
+        if ctx.z_loss:
+            grad *= 1 + 2 * ctx.z_loss * lse[:, None]
         grad.scatter_add_(1, index, -here[:, None].to(grad.dtype))
-        return (grad * (grads[0] / flat.shape[0])).view(ctx.shape), None, None, None
+        return (grad * (grads[0] / flat.shape[0])).view(ctx.shape), None, None, None, None
 
 
-def vocabulary_parallel_loss(logits: Tensor, targets: Tensor, group: Group, first_row: int) -> Tensor:
+def vocabulary_parallel_loss(logits: Tensor, targets: Tensor, group: Group, first_row: int,
+                             z_loss: float = 0.0) -> Tensor:
     """Return the mean loss of logits [..., vocab/tp] against targets [...], equal on all tp ranks."""
     wide = logits.float() if logits.element_size() < 4 else logits
-    loss: Tensor = _VocabularyParallelLoss.apply(wide, targets, group, first_row)
+    loss: Tensor = _VocabularyParallelLoss.apply(wide, targets, group, first_row, z_loss)
     return loss

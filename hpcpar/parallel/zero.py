@@ -1,6 +1,6 @@
 """The sharded optimizer (ZeRO-1): reduces gradients over dp, updates the owned shard, gathers the weights.
 
-    backward ready ->  reduce-scatter over dp (early buckets, while backward goes on)
+    last gradient  ->  reduce-scatter over dp (early buckets, while backward goes on)
     backward done  ->  late buckets: sum over tp, or with the tied copy; then reduce-scatter
     norm, clip     ->  AdamW on the owned shard -> all-gather over dp
 
@@ -9,7 +9,7 @@ Bytes a step and rank: 2 (d-1)/d of the gradients and weights. Source: Rajbhanda
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -23,75 +23,75 @@ from hpcpar.nn.linear import Linear, Vocabulary
 from hpcpar.nn.transformer import Transformer
 from hpcpar.optim.adamw import AdamW, Run
 from hpcpar.parallel.buckets import KINDS, FlatBucket
-from hpcpar.parallel.gradients import Sink
+from hpcpar.parallel.gradients import PutOff, Sink
 
 
 class ShardedOptimizer:
     """Owns a stage's weights, gradients and optimizer state as flat buckets."""
 
-    def __init__(self, layout: Layout, groups: Groups, stage: Transformer, dtype: torch.dtype, device: torch.device):
+    def __init__(self, layout: Layout, groups: Groups, chunks: Mapping[int, Transformer], dtype: torch.dtype,
+                 device: torch.device, put_off: PutOff | None = None):
         at = groups.at
         self.layout, self.groups = layout, groups
         index = at.dp_rank if layout.num_shards > 1 else 0
         self.buckets = [FlatBucket(b, layout.num_shards, index, dtype, device)
                         for b in layout.buckets(at.pp_rank, at.tp_rank)]
         self.pieces = layout.held_pieces(layout.mesh.rank(at))
-        self._pending: list[int] = []
-        self._armed = False
+        self._put_off = put_off
         self._works: list[dist.Work] = []
+        self._pending: list[int] = []  # by bucket: contributions that the step has still to bring
         self._uses: list[int] = []  # by bucket: contributions that a microbatch brings
         self._sinks: list[Sink] = []
         self._summed: list[Tensor] = []  # gradients that autograd adds up: they start from zero
         for number, flat in enumerate(self.buckets):
-            self._uses.append(sum(self._bind(stage, number, slot) for slot in flat.bucket.slots))
+            self._uses.append(sum(self._bind(chunks, number, slot) for slot in flat.bucket.slots))
         self._adamw = AdamW([run for flat in self.buckets for run in _runs(flat)], layout.job.optim)
 
-    def _bind(self, stage: Transformer, number: int, slot: Slot) -> int:
-        """Make a module's parameter a view of its bucket, and let its gradient be gathered there.
+    def _bind(self, chunks: Mapping[int, Transformer], number: int, slot: Slot) -> int:
+        """Make a parameter a view of its bucket in every chunk that has it, and let its gradient be gathered there.
 
         Returns how many contributions a microbatch brings.
         """
         flat = self.buckets[number]
         path, _, leaf = slot.parameter.name.rpartition(".")
-        module = stage.get_submodule(path)
+        holders = [network for network in chunks.values() if slot.parameter.name in dict(network.named_parameters())]
+        modules = [network.get_submodule(path) for network in holders]
         parameter, main = nn.Parameter(flat.part(flat.weights, slot)), flat.part(flat.grads, slot)
-        setattr(module, leaf, parameter)
+        for module in modules:
+            setattr(module, leaf, parameter)
 
         def added(p: Tensor | None = None) -> None:
             if p is not None and p.grad is not main:  # of another dtype
                 assert p.grad is not None
                 main.add_(p.grad)
                 p.grad = None
-            if self._armed:
-                self._pending[number] -= 1
-                if self._pending[number] == 0 and not flat.bucket.late:
-                    self._reduce(flat)
+            self._pending[number] -= 1
+            if self._pending[number] == 0 and not flat.bucket.late:
+                self._reduce(flat)
 
         # the compiler cannot see through a product that writes where it was not told to
-        if leaf == "weight" and isinstance(module, Linear | Vocabulary) and not self.layout.job.train.compile:
-            sink = Sink(main, added)
-            module.product = sink.product
-            if isinstance(module, Vocabulary):
-                module.rows = sink.rows
+        matrices = [module for module in modules if isinstance(module, Linear | Vocabulary)]
+        if leaf == "weight" and matrices and not self.layout.job.train.compile:
+            sink = Sink(main, added, self._put_off)
+            for matrix in matrices:
+                matrix.product = sink.product
+                if isinstance(matrix, Vocabulary):
+                    matrix.rows = sink.rows
             self._sinks.append(sink)
-            return 2 if slot.parameter.is_vocabulary and stage.first and stage.last and stage.model.tied else 1
+            both = [n for n in holders if slot.parameter.is_vocabulary and n.first and n.last and n.model.tied]
+            return len(holders) + len(both)
         if main.dtype == parameter.dtype:
             parameter.grad = main  # autograd adds into it in place
         parameter.register_post_accumulate_grad_hook(added)
         self._summed.append(main)
-        return 1
+        return len(holders)
 
-    def begin(self) -> None:
-        """Forget the last step's gradients."""
-        self._armed = False
-        self._pending = list(self._uses)
+    def begin(self, num_microbatches: int) -> None:
+        """Forget the last step's gradients; a bucket is reduced when this step's last one for it is there."""
+        self._pending = [uses * num_microbatches for uses in self._uses]
         for sink in self._sinks:
             sink.empty = True
         torch._foreach_zero_(self._summed)
-
-    def arm(self) -> None:
-        """Say that the next backward is the step's last: a bucket is reduced when its last gradient is there."""
-        self._armed = True
 
     def _reduce(self, flat: FlatBucket) -> None:
         """Start the sum of a bucket over dp."""
@@ -120,14 +120,14 @@ class ShardedOptimizer:
 
     def _add_tied_copy(self, flat: FlatBucket) -> None:
         """Add the other end's gradient of the tied embedding: a + b equals b + a, so both ends stay bit-equal."""
-        groups, last = self.groups, self.layout.mesh.pp_size - 1
+        groups, first, last = self.groups, self.layout.chunk_ranks[0], self.layout.chunk_ranks[-1]
         other = torch.empty_like(flat.grads)
-        if groups.at.pp_rank == 0:
+        if groups.at.pp_rank == first:
             sent = dist.isend(flat.grads, group=groups.pp_forward, group_dst=last)
             dist.recv(other, group=groups.pp_backward, group_src=last)
         else:
-            sent = dist.isend(flat.grads, group=groups.pp_backward, group_dst=0)
-            dist.recv(other, group=groups.pp_forward, group_src=0)
+            sent = dist.isend(flat.grads, group=groups.pp_backward, group_dst=first)
+            dist.recv(other, group=groups.pp_forward, group_src=first)
         assert sent is not None
         sent.wait()
         flat.grads += other
@@ -179,7 +179,7 @@ class ShardedOptimizer:
     def publish_weights(self) -> None:
         """Copy the master shard into the weights and all-gather it over dp."""
         for flat in self.buckets:
-            if flat.shard["weight"].data_ptr() != flat.own_weights.data_ptr():
+            if flat.shard["weight"].dtype != flat.weights.dtype:
                 flat.own_weights.copy_(flat.shard["weight"])
             if self.groups.dp is not None and self.layout.num_shards > 1:
                 gather_flat(flat.weights, flat.own_weights, self.groups.dp)

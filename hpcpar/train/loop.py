@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpcpar.checkpoint.load import load_shards
-from hpcpar.checkpoint.verify import latest_set, read_state, verify_together
+from hpcpar.checkpoint.load import load_together
+from hpcpar.checkpoint.verify import latest_set, read_state
 from hpcpar.comm.bootstrap import World
+from hpcpar.comm.control import Control
 from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
@@ -26,11 +30,15 @@ from hpcpar.errors import RunError
 from hpcpar.layout.layout import Layout
 from hpcpar.parallel.build import build, initialise
 from hpcpar.parallel.pipeline import Microbatch
+from hpcpar.parallel.replicas import find_drift
+from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.metrics import Metrics
 from hpcpar.train.resume import check_same, or_offer, saved_progress
+from hpcpar.train.rewind import leave_out
 from hpcpar.train.saving import Saves
 from hpcpar.train.state import Progress
 from hpcpar.train.step import StepResult, Trainee, train_step
+from hpcpar.train.straggler import REPORT_EVERY, Stragglers
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -59,6 +67,7 @@ class Run:
     progress: Progress
     metrics: Metrics | None  # on rank 0
     saves: Saves
+    waited_s: Callable[[], float] = lambda: 0.0  # seconds that this rank has waited for others so far
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -84,19 +93,15 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
-        or_offer(found, world.control, lambda: verify_together(found, world.control))
         progress = saved_progress(state, job, progress)
-        main = {"fp64": np.float64}.get(job.train.precision, np.float32)
-        stored = load_shards(found, layout, world.rank, main, verify=False)
-        for kind, shards in optimizer.shards().items():
-            for shard, values in zip(shards, stored[kind], strict=True):
-                shard.copy_(torch.from_numpy(values))
-        optimizer.publish_weights()
+        fill(optimizer, found, world.control)
+    leave_out(folder, progress)
     metrics = None
     if world.rank == 0:
         folder.stop.unlink(missing_ok=True)  # now, not when it was obeyed: a requeue asks whether it is there
         folder.config.write_text(to_toml(job))
         metrics = Metrics(folder, job, progress, world.device, live)
+        metrics.journal("start", step=progress.step, ranks=world.size, host=world.host, pid=os.getpid())
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
     saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, progress.step if found else -1, metrics)
     run = Run(job, world, folder, order, trainee, progress, metrics, saves)
@@ -105,26 +110,67 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     return run
 
 
+def fill(optimizer: ShardedOptimizer, found: Path, control: Control) -> None:
+    """Fill a rank's weights and moments from a set, which is verified on the way; every rank must call."""
+    layout = optimizer.layout
+    main = {"fp64": np.float64}.get(layout.job.train.precision, np.float32)
+    stored = or_offer(found, control, lambda: load_together(found, layout, control, main))
+    for kind, shards in optimizer.shards().items():
+        for shard, values in zip(shards, stored[kind], strict=True):
+            shard.copy_(torch.from_numpy(values))
+    optimizer.publish_weights()
+
+
+class Pace:
+    """Gathers every few steps how long each rank's own work took, and has rank 0 name the slow one."""
+
+    def __init__(self, run: Run):
+        self._run, self._own_s, self._steps = run, 0.0, 0
+        self._hosts = run.world.control.all_gather(run.world.host)
+        self._stragglers = Stragglers(run.trainee.layout.mesh)
+
+    def step(self, own_s: float) -> None:
+        """Note a step's own seconds; every rank must call."""
+        self._own_s += own_s
+        self._steps += 1
+        if self._steps % REPORT_EVERY:
+            return
+        everyones = self._run.world.control.all_gather(self._own_s)
+        self._own_s = 0.0
+        for rank, ratio in self._stragglers.add(everyones) if self._run.metrics is not None else ():
+            host = self._hosts[rank]
+            self._run.say(f"SLOW: rank {rank} on {host} takes {ratio:.2f} times as long as its peers for its own work; "
+                          f"if that stays so, leave the host out: --exclude={host} (sbatch, srun)")
+            assert self._run.metrics is not None
+            self._run.metrics.event(self._run.progress.step, slow_rank=rank, host=host, ratio=round(ratio, 3))
+
+
 def train(run: Run, note: Callable[..., None]) -> bool:
     """Take steps until the job is done or someone asks to stop; return whether it is done. Every rank must call.
 
     `note(step=..., phase=...)` keeps where this rank is, for whoever asks after its death.
     """
-    flag, job, progress = StopFlag(), run.job, run.progress
+    flag, job, pace = StopFlag(), run.job, Pace(run)
     stopped, result = False, None
-    while progress.step < job.train.steps and not stopped:
+    while run.progress.step < job.train.steps and not stopped:
+        progress = run.progress
         start = time.perf_counter()
-        note(step=progress.step + 1, phase="step")
+        note(step=progress.step + 1, phase="first step" if result is None else "step")
         wish = bool(flag.name) or (run.world.rank == 0 and run.folder.stop.exists())
+        waited_s = run.waited_s()
         result = train_step(run.trainee, progress, run.order.tokens, wish, run.saves.writing)
         stopped = result.stop
         step_s = time.perf_counter() - start
         if run.metrics is not None:
-            numbers = np.arange(result.samples.start, result.samples.stop)
-            run.metrics.step(progress, result, step_s, run.order.samples_hash(numbers))
-        if progress.skips > job.train.max_skips:
-            raise RunError(f"loss or gradient was not finite for {progress.skips} steps in a row (loss {result.loss}, "
-                           f"gradient norm {result.grad_norm}); lower optim.lr, or raise train.max_skips")
+            numbers = progress.sample_numbers(np.arange(result.samples.start, result.samples.stop))
+            run.metrics.step(progress, result, step_s, int(numbers[0]), run.order.samples_hash(numbers))
+        pace.step(step_s - (run.waited_s() - waited_s))
+        if result.skipped:
+            _after_bad_step(run, result)
+            progress = run.progress
+        if job.stability.check_replicas_every and progress.step % job.stability.check_replicas_every == 0:
+            note(action="check replicas")
+            _check_replicas(run)
         if job.data.validate_every and progress.step % job.data.validate_every == 0:
             note(phase="validate")
             validate(run)
@@ -133,6 +179,7 @@ def train(run: Run, note: Callable[..., None]) -> bool:
             note(phase="save")
             run.saves.save(progress)
     note(phase="finish")
+    progress = run.progress
     done = progress.step >= job.train.steps
     if done and result is not None and not (job.data.validate_every and progress.step % job.data.validate_every == 0):
         validate(run)
@@ -141,6 +188,44 @@ def train(run: Run, note: Callable[..., None]) -> bool:
         _write_timeline(run, result)
     _finish(run, done)
     return done
+
+
+def _check_replicas(run: Run) -> None:
+    """End the run, on all ranks alike, where copies of a weight are no longer equal: nothing of it is to be saved."""
+    drift = sorted({text for text in run.world.control.all_gather(find_drift(run.trainee.optimizer)) if text})
+    if drift:
+        raise RunError(f"replicas have drifted apart: {'; '.join(drift)}; go back to an older set with "
+                       "hpcpar train --rewind-to STEP, and have that rank's host tested")
+
+
+def _after_bad_step(run: Run, result: StepResult) -> None:
+    """Say it, go back to the last set if that is wished, or end a run that has had too many. All ranks do alike."""
+    job, progress = run.job, run.progress
+    run.say(f"step {progress.step}: update left out, {result.skipped} (loss {result.loss:g}, gradient norm "
+            f"{result.grad_norm:g})")
+    if max(progress.skips, progress.rollbacks) > job.train.max_skips:
+        raise RunError(f"{result.skipped}: {progress.skips} bad steps in a row, {progress.rollbacks} rollbacks (loss "
+                       f"{result.loss}, gradient norm {result.grad_norm}); lower optim.lr, or raise train.max_skips")
+    overflow = job.train.precision == "fp16" and not math.isfinite(result.grad_norm)  # that the loss scale mends
+    if job.stability.on_spike == "rollback" and not overflow:
+        _roll_back(run, result)
+
+
+def _roll_back(run: Run, result: StepResult) -> None:
+    """Return to the last set of this run, and leave the bad step's samples out from now on. Every rank must call."""
+    bad, at = run.progress, run.progress.step
+    run.saves.finish()
+    found = run.world.control.broadcast(latest_set(run.folder.checkpoints) if run.world.rank == 0 else None)
+    if found is None:
+        return  # nothing was saved yet: leaving the update out has to do
+    fill(run.trainee.optimizer, found, run.world.control)
+    numbers = bad.sample_numbers(np.array([result.samples.start, result.samples.stop - 1]))
+    run.progress = Progress(**read_state(found)["progress"])
+    run.progress.left_out, run.progress.rollbacks = bad.left_out, bad.rollbacks + 1
+    run.progress.leave_out(int(numbers[0]), int(numbers[1]) + 1)
+    run.say(f"step {at}: rolled back to {found.name}; samples {numbers[0]} to {numbers[1]} are left out from now on")
+    if run.metrics is not None:
+        run.metrics.event(at, rolled_back_to=run.progress.step, left_out=run.progress.left_out)
 
 
 def validate(run: Run) -> None:
@@ -186,4 +271,5 @@ def _finish(run: Run, done: bool) -> None:
     run.say(f"done: {run.progress.step} steps; next: hpcpar generate {path}, or hpcpar show {path} --plot" if done else
             f"stopped cleanly at step {run.progress.step}; the same command goes on from there")
     if run.metrics is not None:
+        run.metrics.journal("done" if done else "stopped", step=run.progress.step)
         run.metrics.close()

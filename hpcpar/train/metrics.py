@@ -45,7 +45,7 @@ class Metrics:
     """Writes a run's figures; made on rank 0 only."""
 
     def __init__(self, run: RunFolder, job: Job, progress: Progress, device: torch.device, live: bool):
-        self._job, self._device = job, device
+        self._folder, self._job, self._device = run, job, device
         self._live = live or sys.stdout.isatty()
         kept = [line for line in read_metrics(run.metrics) if line["step"] <= progress.step]
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -55,17 +55,23 @@ class Metrics:
         self._shown = 0.0
         self._rate = 0.0  # running mean of seconds a token
 
-    def step(self, progress: Progress, result: StepResult, step_s: float, samples_hash: str) -> None:
+    def journal(self, event: str, **what: Any) -> None:
+        """Add a line to the journal: a start, or how it ended."""
+        with self._folder.journal.open("a") as file:
+            file.write(json.dumps({"event": event, "time": time.time(), **what}) + "\n")
+
+    def step(self, progress: Progress, result: StepResult, step_s: float, first_sample: int,
+             samples_hash: str) -> None:
         """Note a step that has just ended."""
         tokens = len(result.samples) * self._job.model.seq
         line = {
             "step": progress.step, "tokens": progress.samples * self._job.model.seq, "loss": result.loss,
             "grad_norm": result.grad_norm, "lr": result.lr, "step_s": round(step_s, 6),
             "tokens_per_s": round(tokens / step_s, 1), "memory_bytes": peak_memory(self._device),
-            "samples_hash": samples_hash,
+            "samples_hash": samples_hash, "first_sample": first_sample,
         }
         if result.skipped:
-            line["skipped"] = True
+            line["skipped"] = result.skipped
         if self._job.train.precision == "fp16":
             line["loss_scale"] = progress.loss_scale
         self._write(line)
@@ -73,6 +79,10 @@ class Metrics:
             self._board.add_scalar(name, line[name], progress.step)
         self._rate = step_s / tokens if not self._rate else 0.9 * self._rate + 0.1 * step_s / tokens
         self._show(progress, line)
+
+    def event(self, step: int, **what: Any) -> None:
+        """Note something that is no step: a rollback, a slow rank."""
+        self._write({"step": step, **what})
 
     def validation(self, step: int, val_loss: float) -> None:
         """Note a validation."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+
+import torch
 
 from hpcpar.checkpoint.format import step_of
 from hpcpar.checkpoint.verify import latest_set, published_sets
@@ -27,6 +30,15 @@ def open_order(job: Job) -> SampleOrder:
     return SampleOrder(stores, [weight for _, weight in blend], job.model.seq, job.train.seed, job.data.validation)
 
 
+def check_compiler(job: Job, gpus: bool) -> None:
+    """Refuse train.compile where torch could not compile: for CPUs it writes C++. `gpus`: those found are used."""
+    compilers = ("g++", "clang++")
+    on_cpu = not (gpus and torch.cuda.is_available())
+    if job.train.compile and on_cpu and not any(shutil.which(name) for name in compilers):
+        raise UserError("train.compile", f"needs a C++ compiler on CPU ({' or '.join(compilers)}), and none is on PATH",
+                        "install one, or leave train.compile out")
+
+
 def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
     """Refuse a folder that was trained in but has no valid set, unless the user wants to start anew there.
 
@@ -48,23 +60,26 @@ def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
 def check_space(job: Job, folder: RunFolder) -> None:
     """Refuse a run whose file system has no room for the sets that it will hold: `keep`, and one more while it saves.
 
-    Sets that are there already count; with keep = 0 (all stay) there must be room for one. A quota is not seen.
+    Sets that are there already count, but for those that `keep_every` keeps; with keep = 0 (all stay) there must be
+    room for one. A quota is not seen.
     """
+    wish = job.checkpoint
     place = next(path for path in (folder.checkpoints, *folder.checkpoints.absolute().parents) if path.exists())
     disk = os.statvfs(place)
     free, one = disk.f_bavail * disk.f_frsize, set_bytes(job)
     steps = [step for path in folder.checkpoints.glob("step-*") if (step := step_of(path.name)) is not None]
-    every = 1 if job.checkpoint.every == "auto" else job.checkpoint.every
+    every = 1 if wish.every == "auto" else wish.every
     left = job.train.steps - max(steps, default=0)
     to_come = -(-left // every) if every else 1
-    wanted = min(max(1, job.checkpoint.keep + 1 - len(steps)) if job.checkpoint.keep else 1, to_come)
+    there = sum(not (wish.keep_every and step % wish.keep_every == 0) for step in steps)
+    wanted = min(max(1, wish.keep + 1 - there) if wish.keep else 1, to_come)
     if left <= 0 or free >= wanted * one:
         return
-    fits = free // one + len(steps) - 1
-    fix = f"write keep = {fits}" if 0 < fits < job.checkpoint.keep else "free space, or choose another --run folder"
-    raise UserError("checkpoint.keep", f"{job.checkpoint.keep} sets, and one more while it is saved, need "
+    fits = free // one + there - 1
+    fix = f"write keep = {fits}" if 0 < fits < wish.keep else "free space, or choose another --run folder"
+    raise UserError("checkpoint.keep", f"{wish.keep} sets, and one more while it is saved, need "
                     f"{wanted * one / 2**30:.3g} GiB more in {folder.checkpoints} ({one / 2**30:.3g} GiB a set, "
-                    f"{len(steps)} there), but {free / 2**30:.3g} GiB are free", fix)
+                    f"{there} there), but {free / 2**30:.3g} GiB are free", fix)
 
 
 def set_bytes(job: Job) -> int:

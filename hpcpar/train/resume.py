@@ -41,6 +41,8 @@ _NO_STATE = Rule(True, "touches nothing that is saved")
 RULES: tuple[tuple[str, Rule], ...] = (
     ("model.dropout", Rule(True, "applies from the next step; its numbers are a function of seed, step and element")),
     ("model.init_std", Rule(True, "was used once, for the first weights")),
+    ("model.z_loss", Rule(True, "a term of the gradient from the next step on")),
+    ("model.embedding_grad", Rule(True, "a factor on a gradient from the next step on")),
     ("model", Rule(False, "the saved tensors are of another network")),
     ("layout", Rule(True, "a set holds boxes of whole tensors: each rank reads the boxes of its own layout")),
     ("train.seed", Rule(False, "sample order and dropout are functions of it")),
@@ -57,6 +59,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.validation", Rule(False, "moves the border between training and held-out text")),
     ("data", _NO_STATE),
     ("checkpoint", _NO_STATE),
+    ("stability", _NO_STATE),
+    ("health", _NO_STATE),
     ("machine", _NO_STATE),
     ("submit", _NO_STATE),
 )
@@ -77,17 +81,22 @@ def changes(saved: Mapping[str, Any], job: Job) -> list[Change]:
 
 def check_same(state: Mapping[str, Any], job: Job, order: SampleOrder, path: Path) -> None:
     """Refuse to go on with another model or other data: the curve would break without a word."""
+    imported = state["data"] is None  # has seen no text: any may follow, in any order
     for option, saved, now, rule in changes(state["job"], job):
+        if imported and not option.startswith("model."):
+            continue
         if not rule.allowed:
             raise UserError(option, f"is {now}, but {path} was saved with {saved}: {rule.why}",
                             f"write {option.partition('.')[2]} = {saved}, or use another --run folder")
-    if state["data"] != order.fingerprint:
+    if not imported and state["data"] != order.fingerprint:
         raise UserError("data.store", f"is not the text (or weights, or tokenizer) that {path} was trained on",
                         "use the same store, or another --run folder")
 
 
 def saved_progress(state: Mapping[str, Any], job: Job, fresh: Progress) -> Progress:
     """Return how far the saved run had come; a change of precision takes the loss scale of a `fresh` start."""
+    if state["data"] is None:
+        return fresh
     progress = Progress(**state["progress"])
     if state["job"]["train"]["precision"] != job.train.precision:
         progress.loss_scale, progress.finite_steps = fresh.loss_scale, 0

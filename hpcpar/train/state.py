@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 GROWTH_INTERVAL = 1000  # finite steps after which the fp16 loss scale doubles (Micikevicius et al. 2017, section 3.2)
 
@@ -16,13 +18,18 @@ class Progress:
     step: int = 0  # steps taken, skipped ones included
     samples: int = 0  # sequences seen
     updates: int = 0  # optimizer updates: steps minus skips
-    skips: int = 0  # non-finite steps in a row, up to now
+    skips: int = 0  # steps skipped in a row, up to now
     loss_scale: float = 1.0
     finite_steps: int = 0  # since the loss scale last changed
+    recent: list[list[float]] = field(default_factory=list)  # loss and log gradient norm of the newest updates
+    rollbacks: int = 0  # in the whole run
+    left_out: list[list[int]] = field(default_factory=list)  # sample numbers [from, to) that nobody trains on
 
-    def skipped(self) -> None:
-        """Note a non-finite step: the update was left out, the loss scale (if one is used) halves."""
+    def skipped(self, finite: bool = False) -> None:
+        """Note a step without update; after a non-finite one the loss scale (if one is used) halves."""
         self.skips += 1
+        if finite:
+            return
         self.finite_steps = 0
         if self.loss_scale > 1:
             self.loss_scale /= 2
@@ -35,6 +42,23 @@ class Progress:
         if scaled and self.finite_steps >= GROWTH_INTERVAL:
             self.loss_scale *= 2
             self.finite_steps = 0
+
+    def sample_numbers(self, places: np.ndarray) -> np.ndarray:
+        """Map places in the run (0 is its first sequence) to sample numbers: the same, past what is left out."""
+        numbers = places
+        for start, stop in self.left_out:  # in order, apart from one another
+            numbers = np.where(numbers >= start, numbers + (stop - start), numbers)
+        return numbers
+
+    def leave_out(self, start: int, stop: int) -> None:
+        """Leave out sample numbers [start, stop) from now on; joined with what is left out already."""
+        joined: list[list[int]] = []
+        for low, high in sorted([*self.left_out, [start, stop]]):
+            if joined and low <= joined[-1][1]:
+                joined[-1][1] = max(joined[-1][1], high)
+            else:
+                joined.append([low, high])
+        self.left_out = joined
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""

@@ -17,6 +17,7 @@ from hpcpar.nn.dropout import draw_for
 from hpcpar.optim.schedules import learning_rate
 from hpcpar.parallel.pipeline import Microbatch, Pipeline, Played
 from hpcpar.parallel.zero import ShardedOptimizer
+from hpcpar.train.stability import distrust, remember
 from hpcpar.train.state import Progress
 
 Tokens = Callable[[np.ndarray], np.ndarray]  # sample numbers [n] -> tokens [n, seq + 1] int64
@@ -41,7 +42,7 @@ class StepResult:
     grad_norm: float
     lr: float
     samples: range
-    skipped: bool
+    skipped: str  # why the update was left out, or empty
     stop: bool
     num_writing: int  # ranks whose checkpoint writer was at work when the step began
     played: Played
@@ -52,31 +53,18 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     """Take one optimizer step and advance `progress`; every rank must call.
 
     `stop` is this rank's wish to stop, `writing` says that its checkpoint writer is at work: what the ranks say comes
-    back to all of them, in the same small all-reduce that carries loss and gradient norm. A non-finite loss or norm
-    leaves weights and moments untouched on all ranks alike.
+    back to all of them, in the same small all-reduce that carries loss and gradient norm. A bad step
+    (`stability`) leaves weights and moments untouched on all ranks alike.
     """
-    layout, job = trainee.layout, trainee.layout.job
+    job = trainee.layout.job
     batch = batch_size(job, progress.samples)
     samples = range(progress.samples, progress.samples + batch)
-    num_microbatches = batch // (layout.mesh.dp_size * job.train.microbatch)
-    factor = 1 / (num_microbatches * layout.mesh.dp_size)
-    at = trainee.groups.at
-    program = layout.program(at.pp_rank, num_microbatches)
-
-    trainee.optimizer.begin()
-    played = trainee.pipeline.play(
-        program,
-        lambda m: read_microbatch(trainee, tokens, samples, m, progress.step),
-        job.train.microbatch,
-        factor * progress.loss_scale,
-        trainee.optimizer.arm,
-    )
-    trainee.pipeline.note("reduce")
-    trainee.optimizer.finish_reduction()
+    factor, at = job.train.microbatch / batch, trainee.groups.at
+    played = compute_gradients(trainee, progress, tokens, samples, factor * progress.loss_scale)
 
     mine = torch.zeros(4, dtype=torch.float64, device=trainee.device)
     mine[0] = trainee.optimizer.norm_squared()
-    if at.pp_rank == layout.mesh.pp_size - 1 and at.tp_rank == 0:
+    if played.losses and at.tp_rank == 0:
         mine[1] = torch.stack(played.losses).sum() * factor
     mine[2], mine[3] = float(stop), float(writing)
     if trainee.groups.everyone is not None:
@@ -85,30 +73,44 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     grad_norm = math.sqrt(norm_squared) / progress.loss_scale if norm_squared >= 0 else math.nan
     lr = learning_rate(job.optim, progress.step)
 
-    skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
+    skipped = distrust(job.stability, progress, loss, grad_norm)
     if skipped:
-        progress.skipped()
+        progress.skipped(finite=math.isfinite(grad_norm) and math.isfinite(loss))
     else:
         trainee.pipeline.note("update")
         clip = min(1.0, job.optim.clip / (grad_norm + 1e-6)) if job.optim.clip else 1.0
         trainee.optimizer.update(lr, progress.updates, clip / progress.loss_scale)
         progress.updated(scaled=job.train.precision == "fp16")
+        remember(job.stability, progress, loss, grad_norm)
     progress.step += 1
     progress.samples += batch
     return StepResult(loss, grad_norm, lr, samples, skipped, stops > 0, int(num_writing), played)
 
 
-def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, step: int) -> Microbatch:
-    """Read this replica's microbatch m of a batch of sample numbers."""
+def compute_gradients(trainee: Trainee, progress: Progress, tokens: Tokens, samples: range,
+                      loss_factor: float) -> Played:
+    """Play the pipeline on a batch, given by its places in the run, and sum its gradients over who shares them."""
+    layout, size = trainee.layout, trainee.layout.job.train.microbatch
+    num_microbatches = len(samples) // (layout.mesh.dp_size * size)
+    trainee.optimizer.begin(num_microbatches)
+    played = trainee.pipeline.play(layout.program(trainee.groups.at.pp_rank, num_microbatches),
+                                   lambda m: read_microbatch(trainee, tokens, samples, m, progress), size, loss_factor)
+    trainee.pipeline.note("reduce")
+    trainee.optimizer.finish_reduction()
+    return played
+
+
+def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, progress: Progress) -> Microbatch:
+    """Read this replica's microbatch m of a batch, given by its places in the run."""
     job, at = trainee.layout.job, trainee.groups.at
     size = job.train.microbatch
     first = samples.start + (m * trainee.layout.mesh.dp_size + at.dp_rank) * size
-    numbers = np.arange(first, first + size)
+    numbers = progress.sample_numbers(np.arange(first, first + size))
     rows = torch.from_numpy(tokens(numbers)).to(trainee.device, non_blocking=True)
     draw = None
     if job.model.dropout > 0:
         own = job.model.seq // trainee.layout.mesh.tp_size if trainee.layout.sequence_parallel else job.model.seq
         start = at.tp_rank * own if trainee.layout.sequence_parallel else 0
         ids = torch.from_numpy(numbers).to(trainee.device)
-        draw = draw_for(ids, range(start, start + own), job.model.seq, job.train.seed, step)
+        draw = draw_for(ids, range(start, start + own), job.model.seq, job.train.seed, progress.step)
     return Microbatch(rows[:, :-1], rows[:, 1:], draw)

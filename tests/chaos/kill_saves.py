@@ -1,6 +1,6 @@
 """Kill -9 one rank, all ranks or the launcher while they save; look at what is left; go on from it.
 
-    python -m tests.chaos.kill_saves [--kills 300] [--seed 1] [--folder DIR]      # make chaos-checkpoint
+    python -m tests.chaos.kill_saves [--kills 300] [--seed 1] [--asynchronous] [--folder DIR]   # make chaos-checkpoint
 
 After each kill the newest set must be the last that a rank told of or a newer one, must verify, and must hold the bits
 of its own save; the next ranks load it, on another layout.
@@ -31,14 +31,14 @@ LIMIT_S = 60.0
 SCRIPT, ROOT = Path(__file__).with_name("saving_ranks.py"), Path(__file__).parents[2]
 
 
-def campaign(folder: Path, kills: int, seed: int) -> Counter[tuple[str, str]]:
+def campaign(folder: Path, kills: int, seed: int, *mode: str) -> Counter[tuple[str, str]]:
     """Return how often which victim's death left the folder in which state. Raises: AssertionError on a fault."""
     dice, left = random.Random(seed), Counter()
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(kills):
         victim, moment = dice.choice(VICTIMS), dice.choice(tuple(MOMENTS))
         told = last_told(folder)
-        launcher = start(folder, dice.choice(LAYOUTS))
+        launcher = start(folder, dice.choice(LAYOUTS), *mode)
         try:
             wait_for(launcher, lambda told=told: last_told(folder) > told)
             begun, longest_s = MOMENTS[moment]
@@ -54,9 +54,10 @@ def campaign(folder: Path, kills: int, seed: int) -> Counter[tuple[str, str]]:
     return left
 
 
-def start(folder: Path, cut: tuple[int, int, int]) -> subprocess.Popen[str]:
+def start(folder: Path, cut: tuple[int, int, int], *mode: str) -> subprocess.Popen[str]:
     """Start ranks that go on from the newest set."""
-    command = ["mpirun", "-n", str(cut[0] * cut[1] * cut[2]), sys.executable, str(SCRIPT), str(folder), *map(str, cut)]
+    command = ["mpirun", "-n", str(cut[0] * cut[1] * cut[2]), sys.executable, str(SCRIPT), str(folder),
+               *map(str, cut), *mode]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -71,11 +72,11 @@ def kill(victim: str, launcher: subprocess.Popen[str], folder: Path, dice: rando
 
 
 def end_ranks(folder: Path) -> None:
-    """Wait until the launcher or its proxy has ended the ranks that live; after a second end them ourselves."""
+    """Wait until launcher, proxy and kernel have ended ranks and writers; after a second end them ourselves."""
     end = time.monotonic() + 1
-    while living(folder):
+    while left := living(folder, "hpcpar.checkpoint.writer") or living(folder):
         if time.monotonic() > end:
-            for process in living(folder):
+            for process in left:
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.01)
 
@@ -113,15 +114,15 @@ def last_told(folder: Path) -> int:
     return int(lines[-1]) if lines else 0
 
 
-def living(folder: Path) -> list[int]:
-    """List the ranks alive: the script and the folder are in their command lines."""
+def living(folder: Path, program: str = str(SCRIPT)) -> list[int]:
+    """List the processes alive that run a program in the folder: both are in their command lines."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if str(SCRIPT) in words and str(folder) in words and "mpirun" not in words[0] and "python" in words[0]:
+        if words[0] == sys.executable and program in words and str(folder) in words:
             found.append(int(process.name))
     return found
 
@@ -138,13 +139,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--asynchronous", action="store_true", help="save through the writers beside the ranks")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
+    mode, start_s = ["async"] * args.asynchronous, time.monotonic()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        start_s = time.monotonic()
-        left = campaign(Path(folder), args.kills, args.seed)
-    print(f"{args.kills} kills, seed {args.seed}, {time.monotonic() - start_s:.0f} s: every time the newest set was "
-          "whole and not older than the last one told of\n")
+        left = campaign(Path(folder), args.kills, args.seed, *mode)
+    print(f"{args.kills} kills {' '.join(mode)}, seed {args.seed}, {time.monotonic() - start_s:.0f} s: every time the "
+          "newest set was whole and not older than the last one told of\n")
     print(f"| the kill left | {' | '.join(VICTIMS)} |\n|---|---|---|---|")
     for state in sorted({state for _, state in left}):
         print(f"| {state} | " + " | ".join(str(left[victim, state]) for victim in VICTIMS) + " |")

@@ -1,4 +1,4 @@
-"""Ranks that save sets in a loop, torch-free, until someone kills them: mpirun -n 4 python THIS FOLDER TP PP DP.
+"""Ranks that save sets in a loop, torch-free, until they are killed: mpirun -n 4 python THIS FOLDER TP PP DP [async].
 
 Every step is saved twice, so that half of the saves replace a published set. Save n holds the reference values times n.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from mpi4py import MPI
 
-from hpcpar.checkpoint import latest_set, load_shards, read_state, save_set, verify_together
+from hpcpar.checkpoint import latest_set, load_shards, read_state, verify_together
+from hpcpar.checkpoint.background import BackgroundSaver
+from hpcpar.checkpoint.save import Saving, save_now
 from hpcpar.comm.control import OverMPI
 from tests.checkpoint.sets import GPT, assert_equal, make_layout, shards_of
 
@@ -28,11 +31,31 @@ def main() -> None:
         number = read_state(found)["save"]
         verify_together(found, control)
         assert_equal(load_shards(found, layout, control.rank, "float32", verify=False), times(base, number))
+    saving = Saving(folder, layout, keep=2)
+    background = BackgroundSaver(saving, control, dict.fromkeys(base, "float32")) if "async" in sys.argv else None
     while True:
         number += 1
-        save_set(folder, number // 2, layout, control.rank, control, times(base, number), {"save": number}, keep=2)
+        step, shards, state = number // 2, times(base, number), {"save": number}
+        if background is None:
+            save_now(saving, step, control.rank, control, shards, state)
+        else:
+            save_beside(background, control, step, shards, state)
         if control.rank == 0:
             os.write(told, b"%d\n" % number)  # to a file: the launcher, which forwards stdout, may be dead
+
+
+def save_beside(background: BackgroundSaver, control: OverMPI, step: int, shards: dict, state: dict) -> None:
+    """Save as the trainer does: go on with the save when no rank's writer is at work."""
+    for kind, flats in shards.items():
+        for copy, flat in zip(background.shards[kind], flats, strict=True):
+            copy[:] = flat
+    background.start(step, state)
+    published = None
+    while published is None:
+        while control.largest(int(background.busy)):
+            time.sleep(0.001)
+        published = background.advance()
+    background.finish()
 
 
 def times(shards: dict, number: int) -> dict:

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from hpcpar.comm.control import Alone
-from hpcpar.comm.failure import DONE, FAILED, Failure, LastWords, Status, appeared, publish_once
+from hpcpar.comm.failure import Failure, appeared, publish_once
+from hpcpar.comm.inquiry import Charge
+from hpcpar.comm.recorder import DONE, FAILED, LastWords, Recorder
 from hpcpar.comm.watch import Watch, put_away
-from hpcpar.comm.witness import Charge, Deaths, Task, manner, process_state
+from hpcpar.comm.witness import Deaths, Task, manner, process_state
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
 from hpcpar.layout.mesh import Mesh
@@ -33,7 +35,7 @@ def start(run: RunFolder) -> Watch:
 
 
 def test_a_status_is_read_back_through_its_file() -> None:
-    status = Status()
+    status = Recorder()
     assert LastWords.read(status.fd).step is None
     status.note(step=3, phase="forward", action="all_reduce tp")
     status.note(step=4)
@@ -45,7 +47,7 @@ def test_a_status_is_read_back_through_its_file() -> None:
 
 
 def test_a_long_note_is_cut_and_harms_nothing() -> None:
-    status = Status()
+    status = Recorder()
     status.note(step=1, phase="p" * 1000, action="é" * 1000)
     os.write(status.fd, b"Fatal Python error: Aborted\n\nStack\n")
     words = LastWords.read(status.fd)
@@ -141,5 +143,6 @@ def test_how_it_ended_is_said_as_far_as_known() -> None:
 
 
 def test_a_task_survives_the_way_to_the_witness() -> None:
-    task = Task("/run", "here", 2, (Charge(0, 10, 3, 4, {"tp": 0}), Charge(1, 11, 3, 4, {"tp": 1})))
+    task = Task("/run", "here", 2, (Charge(0, 10, 3, 4, {"tp": 0}), Charge(1, 11, 3, 4, {"tp": 1})),
+                {"step": 3.0}, {"here": [0, 1]}, (1, 1, 1, 2))
     assert Task.read(task.text()) == task

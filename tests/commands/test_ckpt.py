@@ -11,6 +11,7 @@ import pytest
 
 from hpcpar.checkpoint import Manifest, latest_set, read_manifest, save_set
 from hpcpar.cli import main
+from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
 from hpcpar.config.resolve import resolve
 from hpcpar.layout.layout import Layout
@@ -192,6 +193,13 @@ def test_check_says_what_may_change(trained: Path, capsys: pytest.CaptureFixture
         assert "can go on from" in out and f"each of {size} ranks reads" in out
     else:
         assert err.startswith(f"hpcpar: {option}: ") and "another --run folder" in err
+
+
+def test_every_table_of_a_job_has_a_rule() -> None:
+    from hpcpar.train.resume import RULES
+
+    tables = {field.name for field in dataclasses.fields(Job)}
+    assert tables <= {name for name, _ in RULES} and {name.partition(".")[0] for name, _ in RULES} == tables
 
 
 def test_check_tells_the_bytes_that_are_read(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

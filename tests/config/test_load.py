@@ -20,9 +20,10 @@ FIELDS = [(table, f) for table, section in typing.get_type_hints(Job).items() fo
 # one value for every option, none of them the default
 UNUSUAL: dict[str, dict[str, Any]] = {
     "model": {"kind": "llama", "layers": 7, "hidden": 96, "heads": 6, "kv_heads": 3, "ffn": 77, "seq": 33, "vocab": 91,
-              "tied": False, "dropout": 0.25, "init_std": 0.125, "rope_theta": 5e5},
+              "tied": False, "dropout": 0.25, "init_std": 0.125, "rope_theta": 5e5, "qk_norm": True, "z_loss": 1e-4,
+              "embedding_grad": 0.1},
     "layout": {"tp": 3, "pp": 2, "dp": 5, "cp": 2, "ep": 4, "chunks": 2, "schedule": "gpipe", "zero": 0,
-               "sequence_parallel": False, "recompute": "selective", "bucket_mib": 0.5},
+               "table": ("0F0", "1F0"), "sequence_parallel": False, "recompute": "selective", "bucket_mib": 0.5},
     "train": {"global_batch": 60, "microbatch": 2, "steps": 17, "precision": "fp64", "seed": 12345678901234567,
               "max_skips": 0, "compile": True},
     "optim": {"lr": 1.2345678901234567e-5, "min_lr": 1e-7, "betas": (0.8, 0.999), "eps": 1e-16, "weight_decay": 0.0,
@@ -30,9 +31,12 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "data": {"store": (("a b/\u4e2d\U0001f600\x7f", 1.0), ('quo"te\\', 2.5)), "validation": 0.5, "validate_every": 3,
              "validate_samples": 7},
     "checkpoint": {"every": "auto", "keep": 0, "keep_every": 90, "asynchronous": False, "ranks_per_file": 4},
+    "stability": {"spike": 8.0, "window": 20, "on_spike": "rollback", "check_replicas_every": 7},
+    "health": {"step_limit_s": 2.5, "start_limit_s": 3.5, "save_limit_s": 4.5},
     "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4, "mtbf_h": 77.5},
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
                "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'"), "constraint": "ib&a100",
+               "price_per_gpu_hour": 2.5,
                "gres": "gpu:a100", "container": "apptainer exec a.sif", "max_walltime_min": 60, "stage_env": True,
                "local_dir": "/scratch", "elastic": True, "retries": 0},
 }
@@ -179,11 +183,12 @@ def test_overrides_that_are_none(words: list[str], message: str) -> None:
     ({"modle": {}}, "modle: unknown table; did you mean model?"),
     ({"model": {"layer": 3}}, "model.layer: unknown option; did you mean layers?"),
     ({"model": {"num_heads": 3}}, "model.num_heads: unknown option; did you mean heads?"),
-    ({"layout": {"schedule": "gpip"}}, 'layout.schedule: is "gpip", must be one of gpipe, 1f1b; did you mean gpipe?'),
+    ({"layout": {"recompute": "ful"}},
+     'layout.recompute: is "ful", must be one of none, selective, full; did you mean full?'),
     ({"train": {"precision": "bfloat16"}},
      'train.precision: is "bfloat16", must be one of fp64, fp32, bf16, fp16; did you mean bf16?'),
-    ({"layout": {"zero": 3}}, "layout.zero: is 3, must be one of 0, 1; known: 0, 1"),
-    ({"layout": {"zero": True}}, "layout.zero: is true, must be one of 0, 1; known: 0, 1"),
+    ({"layout": {"zero": 4}}, "layout.zero: is 4, must be one of 0, 1, 2, 3; known: 0, 1, 2, 3"),
+    ({"layout": {"zero": True}}, "layout.zero: is true, must be one of 0, 1, 2, 3; known: 0, 1, 2, 3"),
 ])
 def test_a_wrong_word_is_answered_with_the_right_one(tables: dict[str, Any], message: str) -> None:
     assert str(refused(tables)) == message

@@ -52,12 +52,17 @@ def test_yuan_in_words() -> None:
 
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (4, 1, 1), (1, 3, 1), (1, 1, 3), (2, 2, 2), (4, 3, 2)])
-def test_stored_once_held_as_often_as_copied(zero: int, tied: bool, tp: int, pp: int, dp: int) -> None:
+@pytest.mark.parametrize(("tp", "pp", "dp", "schedule"), [
+    (1, 1, 1, "1f1b"), (4, 1, 1, "1f1b"), (1, 3, 1, "1f1b"), (1, 1, 3, "1f1b"), (2, 2, 2, "1f1b"), (4, 3, 2, "1f1b"),
+    (2, 3, 2, "interleaved"), (1, 2, 3, "zbv"),
+])
+def test_stored_once_held_as_often_as_copied(zero: int, tied: bool, tp: int, pp: int, dp: int, schedule: str) -> None:
+    chunks = 1 if schedule == "1f1b" else 2
     layout = Layout(resolve(job_from_tables({
-        "model": {"kind": "llama", "layers": 3, "hidden": 32, "heads": 8, "kv_heads": 2, "ffn": 40, "seq": 8,
-                  "vocab": 53, "tied": tied},
-        "layout": {"tp": tp, "pp": pp, "dp": dp, "zero": zero, "bucket_mib": 0.005}, "train": {"global_batch": 6},
+        "model": {"kind": "llama", "layers": 7 if chunks > 1 else 3, "hidden": 32, "heads": 8, "kv_heads": 2,
+                  "ffn": 40, "seq": 8, "vocab": 53, "tied": tied},
+        "layout": {"tp": tp, "pp": pp, "dp": dp, "zero": zero, "bucket_mib": 0.005, "schedule": schedule,
+                   "chunks": chunks}, "train": {"global_batch": 6},
     })))
     stored, held = ({p.name: np.zeros(p.shape, int) for p in layout.table} for _ in range(2))
     for rank in range(layout.mesh.size):
@@ -78,5 +83,5 @@ def test_a_validation_only_goes_forward(pp: int) -> None:
     programs = [layout.forward_program(stage, 5) for stage in range(pp)]
     check_programs(programs)
     for program in programs:
-        assert [m for kind, m in program if kind is Kind.FORWARD] == list(range(5))
-        assert not {Kind.BACKWARD, Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD} & {kind for kind, _ in program}
+        assert [m for kind, m, _ in program if kind is Kind.FORWARD] == list(range(5))
+        assert not {Kind.BACKWARD, Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD} & {kind for kind, *_ in program}

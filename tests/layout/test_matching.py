@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from hpcpar.errors import HpcparError
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.matching import Does, Matched, Move, match, moves_of_layout
 from hpcpar.layout.traffic import Call, Traffic
-from tests.parity.jobs import all_pairs, job_of, name_of
+from tests.parity.jobs import SCHEDULES, all_pairs, job_of, name_of
 
 PLAIN = {"schedule": "1f1b", "sequence_parallel": True, "tied": True, "kind": "gpt", "vocab": 61, "spare_layers": 1,
          "kv_heads": 8, "clip": 0.05, "accumulation": 4, "recompute": "none", "dropout": 0.1, "zero": 1, "ramp": False}
@@ -23,6 +25,16 @@ def test_every_layout_of_the_parity_suite_matches(choice):
              num)) for rank in range(layout.mesh.size)]
     assert found.num_calls == sum(len(calls) for calls in steps)
     assert found.num_messages == sum(call.op == "send" for calls in steps for call in calls)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2), (2, 8, 1)], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_matches(schedule, mesh):
+    layout = Layout(job_of({**PLAIN, "schedule": schedule, "mesh": mesh}))
+    num = layout.num_microbatches
+    found = match(layout.mesh, moves_of_layout(layout, num))
+    crossings = sum(a != b for a, b in pairwise(layout.chunk_ranks))
+    assert found.num_messages == mesh[0] * mesh[2] * (2 * num * crossings + 2 * layout.tied_across_stages)
 
 
 def world(change):
@@ -85,8 +97,8 @@ def test_a_skipped_message_is_named():
         if rank == 1:
             del moves[first(moves, Does.POST, "pp_forward")]
 
-    with pytest.raises(HpcparError, match=r"rank 1 calls send .* for rf1 where rank 5 calls receive .* for rf0|"
-                                          r"rank 5 calls receive .* for rf0 where rank 1 calls send .* for rf1"):
+    with pytest.raises(HpcparError, match=r"rank 1 calls send .* for 1rf1 where rank 5 calls receive .* for 1rf0|"
+                                          r"rank 5 calls receive .* for 1rf0 where rank 1 calls send .* for 1rf1"):
         world(change)
 
 
@@ -95,7 +107,7 @@ def test_missing_messages_are_a_deadlock():
         if rank == 1:
             moves[:] = [m for m in moves if not (m.does is Does.POST and m.group == "pp_forward")]
 
-    with pytest.raises(HpcparError, match=r"8 ranks wait for each other: .*rank 5 waits for message rf0"):
+    with pytest.raises(HpcparError, match=r"8 ranks wait for each other: .*rank 5 waits for message 1rf0"):
         world(change)
 
 
@@ -116,5 +128,5 @@ def test_receives_posted_in_another_order_than_their_sends_are_named():
             a, b = places
             moves[a], moves[b] = moves[b], moves[a]
 
-    with pytest.raises(HpcparError, match=r"for rf1 where|for rf0 where"):
+    with pytest.raises(HpcparError, match=r"for 1rf1 where|for 1rf0 where"):
         world(change)

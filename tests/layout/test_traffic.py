@@ -24,7 +24,7 @@ def traffic(pp_rank=0, tp=4, pp=1, dp=1, **layout):
 def test_a_layer_moves_8bsh_over_tp(sequence_parallel):
     """Narayanan et al. 2021, section 3.2: 8 b s h (t-1)/t elements a layer and microbatch; sequence parallel equal."""
     of = traffic(1, pp=4, sequence_parallel=sequence_parallel)
-    elements = sum(wire_bytes(c, 4) for c in of.forward + of.backward) / 2 / (LAYERS / 4)
+    elements = sum(wire_bytes(c, 4) for c in of.forward(1) + of.backward(1)) / 2 / (LAYERS / 4)
     assert elements == 8 * SEQ * HIDDEN * 3 / 4
 
 
@@ -33,7 +33,7 @@ def test_full_recompute_repeats_all_but_the_last_exchange(sequence_parallel):
     """The formula's 12 b s h counts a whole second forward; torch stops before the exchange that leaves the MLP."""
     of = traffic(1, pp=4, sequence_parallel=sequence_parallel, recompute="full")
     left_out = 1 if sequence_parallel else 2  # a reduce-scatter, or an all-reduce
-    elements = sum(wire_bytes(c, 4) for c in of.forward + of.backward) / 2 / (LAYERS / 4)
+    elements = sum(wire_bytes(c, 4) for c in of.forward(1) + of.backward(1)) / 2 / (LAYERS / 4)
     assert elements == (12 - left_out) * SEQ * HIDDEN * 3 / 4
 
 

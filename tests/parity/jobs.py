@@ -21,7 +21,7 @@ FACTORS: dict[str, list[Any]] = {
     "tied": [True, False],
     "kind": ["gpt", "llama"],
     "vocab": [64, 61],
-    "spare_layers": [0, 1],  # beyond max(2, pp): with 1 the stages are uneven
+    "spare_layers": [0, 1],  # beyond max(2, pp x chunks): with 1 the stages are uneven
     "kv_heads": [8, 2],  # 2 is fewer than tp 4 and 8
     "clip": [0.05, 0.0],  # active at every step, or off
     "accumulation": [1, 2],
@@ -29,8 +29,14 @@ FACTORS: dict[str, list[Any]] = {
     "dropout": [0.0, 0.1],
     "zero": [1, 0],
     "ramp": [False, True],
+    "z_loss": [0.0, 0.01],
+    "qk_norm": [False, True],
+    "embedding_grad": [1.0, 0.1],
 }
+STABILISERS = ("z_loss", "qk_norm", "embedding_grad")
 Choice = dict[str, Any]
+SCHEDULES = ["1f1b", "gpipe", "interleaved", "breadth-first", "zero-bubble", "zbv", "dualpipev"]
+CHUNKS = {"interleaved": 2, "breadth-first": 2, "zbv": 2, "dualpipev": 2}
 
 
 def all_pairs() -> list[Choice]:
@@ -61,9 +67,10 @@ def row_pair(rng: np.random.Generator, pairs: set[tuple[str, int, str, int]]) ->
 
 
 def full_product(max_ranks: int) -> Iterator[Choice]:
-    """Yield every combination that fits."""
-    for values in itertools.product(*FACTORS.values()):
-        choice = dict(zip(FACTORS, values, strict=True))
+    """Yield every combination that fits, with all schedules."""
+    factors = {**FACTORS, "schedule": SCHEDULES}
+    for values in itertools.product(*factors.values()):
+        choice = dict(zip(factors, values, strict=True))
         if int(np.prod(choice["mesh"])) <= max_ranks:
             yield choice
 
@@ -71,13 +78,15 @@ def full_product(max_ranks: int) -> Iterator[Choice]:
 def job_of(choice: Choice, precision: str = "fp64") -> Job:
     """Make a small job of a choice; the learning rate is high, so that an error in one step shows in the next."""
     tp, pp, dp = choice["mesh"]
-    batch = dp * choice["accumulation"]
+    chunks = CHUNKS.get(choice["schedule"], 1)
+    batch = dp * choice["accumulation"] * {"interleaved": pp, "dualpipev": 2 * pp}.get(choice["schedule"], 1)
     return resolve(override(
         Job(),
-        model={"kind": choice["kind"], "layers": max(2, pp) + choice["spare_layers"], "hidden": 32, "heads": 8,
+        model={"kind": choice["kind"], "layers": max(2, pp * chunks) + choice["spare_layers"], "hidden": 32, "heads": 8,
                "ffn": 48, "seq": 8, "kv_heads": choice["kv_heads"], "vocab": choice["vocab"], "tied": choice["tied"],
-               "dropout": choice["dropout"], "init_std": 0.1},
-        layout={"tp": tp, "pp": pp, "dp": dp, "schedule": choice["schedule"], "zero": choice["zero"],
+               "dropout": choice["dropout"], "init_std": 0.1,
+               **{name: choice[name] for name in STABILISERS if name in choice}},
+        layout={"tp": tp, "pp": pp, "dp": dp, "schedule": choice["schedule"], "chunks": chunks, "zero": choice["zero"],
                 "sequence_parallel": choice["sequence_parallel"], "recompute": choice["recompute"],
                 "bucket_mib": 0.02},
         train={"global_batch": 2 * batch if choice["ramp"] else batch, "microbatch": 1, "precision": precision,

@@ -20,6 +20,18 @@ def test_float64_equals_one_process(world, choice):
     assert len(found.losses) == 20 and found.losses[-1] != found.losses[0]
 
 
+@pytest.mark.parametrize(("schedule", "mesh", "changes"), [
+    ("interleaved", (2, 2, 2), {}), ("interleaved", (1, 8, 1), {"kind": "llama", "accumulation": 1}),
+    ("breadth-first", (1, 4, 2), {"zero": 0}), ("zero-bubble", (2, 4, 1), {"accumulation": 6}),
+    ("zero-bubble", (2, 2, 2), {"recompute": "full", "kind": "llama"}), ("zbv", (2, 2, 2), {"accumulation": 4}),
+    ("zbv", (1, 8, 1), {"accumulation": 5, "tied": False}), ("dualpipev", (1, 4, 2), {"accumulation": 1}),
+    ("dualpipev", (2, 2, 2), {"recompute": "selective", "sequence_parallel": False}),
+], ids=str)
+def test_every_schedule_equals_one_process(world, schedule, mesh, changes):
+    choice = {**PLAIN, "schedule": schedule, "mesh": mesh, **changes}
+    assert compare(job_of(choice), world, random_tokens(61, 8), 4, 1e-10).first == ""
+
+
 @pytest.mark.parametrize("mesh", [m for m in MESHES if m[0] * m[1] * m[2] == 8], ids=str)
 def test_float32_loss_and_gradient_norm(world, mesh):
     job = job_of({**PLAIN, "mesh": mesh}, "fp32")

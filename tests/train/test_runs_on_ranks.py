@@ -44,6 +44,7 @@ def run_once(world, job, folder):
     """Play `hpcpar train` inside this world; return whether the job is done, and the run."""
     job = resolve(job, world.size)
     run = start_run(job, world, folder, open_order(job), False, lambda action: None)
+    run.waited_s = lambda: world.control.recorder.waited_s
     try:
         return train(run, lambda **where: None), run
     finally:
@@ -59,7 +60,8 @@ def test_stop_and_resume_at_other_layouts_equals_an_uninterrupted_run(world, sto
     whole.create()
     world.control.barrier()
     assert run_once(world, make_job(store, layout={"tp": 2, "pp": 2}), whole)[0]
-    pieces = [({"tp": 2, "pp": 2}, 2), ({"tp": 1, "pp": 2, "zero": 0}, 4), ({"tp": 4, "pp": 1, "schedule": "gpipe"}, 6)]
+    pieces = [({"tp": 2, "pp": 2}, 2), ({"tp": 1, "pp": 2, "zero": 0, "schedule": "zbv", "chunks": 2}, 4),
+              ({"tp": 4, "pp": 2, "schedule": "interleaved", "chunks": 2}, 6)]
     for layout, steps in pieces:
         assert run_once(world, make_job(store, layout=layout, train={"steps": steps}), folder)[0]
     if world.rank == 0:
@@ -86,10 +88,10 @@ def test_bit_equal_resume_at_the_same_layout(world, store, folder):
 def test_a_stop_file_saves_and_stops(world, store, folder, monkeypatch):
     original = ShardedOptimizer.begin
 
-    def begin(self):
+    def begin(self, num_microbatches):
         if world.rank == 0:  # who has looked for the file already, in this step
             folder.stop.touch()
-        original(self)
+        original(self, num_microbatches)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardedOptimizer, "begin", begin)
@@ -104,10 +106,10 @@ def test_a_stop_file_saves_and_stops(world, store, folder, monkeypatch):
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(world, store, folder, monkeypatch):
     original = ShardedOptimizer.begin
 
-    def begin(self):
+    def begin(self, num_microbatches):
         if world.rank == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
-        original(self)
+        original(self, num_microbatches)
 
     monkeypatch.setattr(ShardedOptimizer, "begin", begin)
     done, run = run_once(world, make_job(store, layout={"tp": 2}), folder)
@@ -118,15 +120,19 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(world, store, folder, m
 
 def poison(monkeypatch, world, rank, steps):
     """Put a NaN into one rank's gradients at some steps."""
-    original, taken = ShardedOptimizer.arm, [0]
+    begin, reduce, taken = ShardedOptimizer.begin, ShardedOptimizer._reduce, [0]
 
-    def arm(self):
+    def counted(self, num_microbatches):
         taken[0] += 1
-        if world.rank == rank and taken[0] in steps:
-            self.buckets[0].grads[0] = float("nan")
-        original(self)
+        begin(self, num_microbatches)
 
-    monkeypatch.setattr(ShardedOptimizer, "arm", arm)
+    def poisoned(self, flat):
+        if world.rank == rank and taken[0] in steps:
+            flat.grads[0] = float("nan")
+        reduce(self, flat)
+
+    monkeypatch.setattr(ShardedOptimizer, "begin", counted)
+    monkeypatch.setattr(ShardedOptimizer, "_reduce", poisoned)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp16"])

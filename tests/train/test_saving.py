@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hpcpar import cli
 from hpcpar.checkpoint.verify import latest_set, published_sets, verify_set
@@ -57,6 +59,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def run_of(job: Job, folder: RunFolder) -> tuple[Run, World]:
     world = connect(Surroundings("here"))
+    torch.set_num_threads(1)  # the writer computes beside it
     job = resolve(job, 1)
     return start_run(job, world, folder, open_order(job), False, lambda action: None), world
 
@@ -68,7 +71,8 @@ def figures(folder: RunFolder, key: str) -> dict[int, Any]:
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_training_goes_on_when_the_disk_is_full(store: Path, folder: RunFolder, asynchronous: bool,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    job = make_job(store, train={"steps": 10}, checkpoint={"every": 2, "asynchronous": asynchronous})
+    ten: dict[str, dict[str, object]] = {"train": {"steps": 10}, "data": {"validate_every": 0}}
+    job = make_job(store, checkpoint={"every": 2, "asynchronous": asynchronous}, **ten)
     run, _ = run_of(job, folder)
 
     def limit(num_bytes: int) -> None:
@@ -95,18 +99,21 @@ def test_training_goes_on_when_the_disk_is_full(store: Path, folder: RunFolder, 
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000002", "step-00000010"]
     whole = RunFolder(folder.path / "whole")
     whole.create()
-    assert train(run_of(make_job(store, train={"steps": 10}), whole)[0], lambda **where: None)
+    assert train(run_of(make_job(store, **ten), whole)[0], lambda **where: None)
     assert figures(whole, "loss") == figures(folder, "loss")
 
 
-def test_the_interval_that_loses_least(store: Path, folder: RunFolder) -> None:
-    # 36 s between failures: a save of some milliseconds pays every second or so
-    job = make_job(store, train={"steps": 150}, checkpoint={"every": "auto", "keep": 0}, machine={"mtbf_h": 0.01},
+def test_an_automatic_interval_is_measured_and_kept(store: Path, folder: RunFolder,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_job(store, train={"steps": 60}, checkpoint={"every": "auto", "keep": 0}, machine={"mtbf_h": 0.001},
                    data={"validate_every": 0})
     run, _ = run_of(job, folder)
     assert train(run, lambda **where: None)
     saved = sorted(figures(folder, "save_s"))
-    assert saved[0] == 10 and saved[-1] == 150 and len(saved) >= 3
+    every = [int(n) for n in re.findall(r"the next one is (\d+) steps after this one", capsys.readouterr().out)]
+    assert saved[0] == 10 and saved[-1] == 60 and len(every) in (len(saved), len(saved) - 1)
+    for one, other, wait in zip(saved, saved[1:], every, strict=False):
+        assert other >= min(one + wait, 60)
     assert [verify_set(path).step for path in published_sets(folder.checkpoints)] == saved
     await_no_writer(folder.checkpoints)
 

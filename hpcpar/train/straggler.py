@@ -1,0 +1,60 @@
+"""Which rank is slower than its peers: from the seconds that each spends on its own work, waiting left out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median, median_low
+from typing import NamedTuple
+
+from hpcpar.layout.mesh import Mesh
+
+REPORT_EVERY = 5
+"""Steps between two gathers of all ranks' own seconds."""
+_REPORTS, _ENOUGH = 10, 8  # kept; needed before anyone is named: 40 steps
+_LEAST = 0.06  # how much slower than its peers a rank must be
+_SIGMAS = 5.0
+_AGAIN = 100  # reports before a rank is named again
+
+
+class Slow(NamedTuple):
+    """A slow rank; it takes `ratio` times as long as the median of its peers."""
+
+    rank: int
+    ratio: float
+
+
+class Stragglers:
+    """Holds the newest reports; rank 0 has one. Peers are the ranks of a stage: other stages have other work."""
+
+    def __init__(self, mesh: Mesh):
+        per_stage = mesh.size // mesh.pp_size
+        # two ranks cannot say which of them is the slow one; then all stages together are the better measure
+        size = per_stage if per_stage > 2 else mesh.size
+        self._peers = [range(first, first + size) for first in range(0, mesh.size, size)]
+        self._ratios: deque[list[float]] = deque(maxlen=_REPORTS)
+        self._named: dict[int, int] = {}
+        self._count = 0
+
+    def add(self, own_s: Sequence[float]) -> list[Slow]:
+        """Add every rank's own seconds since the last report; return who is to be named now."""
+        self._count += 1
+        if self._count == 1:
+            return []  # compiling and first touches of memory
+        # the lower of two middles: of four peers, a slow one and a hiccup would drag the mean of both
+        middles = {peers: max(median_low(own_s[rank] for rank in peers), 1e-9) for peers in self._peers}
+        self._ratios.append([own_s[rank] / middles[peers] for peers in self._peers for rank in peers])
+        if len(self._ratios) < _ENOUGH:
+            return []
+        # the median over reports: one hiccup, however long, says nothing
+        usual = [median(report[rank] for report in self._ratios) for rank in range(len(own_s))]
+        found = [slow for peers in self._peers for slow in self._slow_among(peers, usual)]
+        new = [slow for slow in found if self._count - self._named.get(slow.rank, -_AGAIN) >= _AGAIN]
+        self._named.update({slow.rank: self._count for slow in new})
+        return new
+
+    def _slow_among(self, peers: range, usual: list[float]) -> list[Slow]:
+        middle = median(usual[rank] for rank in peers)
+        spread = 1.4826 * median(abs(usual[rank] - middle) for rank in peers)
+        limit = middle + max(_LEAST, _SIGMAS * spread)
+        return [Slow(rank, usual[rank] / middle) for rank in peers if usual[rank] > limit]

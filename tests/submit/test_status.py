@@ -1,0 +1,90 @@
+"""`hpcpar status` from made-up run folders: every state, and the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcpar.config.job import Job
+from hpcpar.config.load import override, to_toml
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.errors import UserError
+from hpcpar.submit.status import describe, read_status
+
+NOW = 1_000_000.0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    found = RunFolder(tmp_path / "run")
+    found.create()
+    found.config.write_text(to_toml(override(Job(), train={"steps": 100})))
+    return found
+
+
+def write(path: Path, *lines: dict[str, Any], age_s: float = 1.0) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.utime(path, (NOW - age_s, NOW - age_s))
+
+
+def started(ago_s: float, **more: Any) -> dict[str, Any]:
+    return {"event": "start", "time": NOW - ago_s, "step": 0, "ranks": 8, "host": "elsewhere", "pid": 1, **more}
+
+
+STEPS = [{"step": n, "loss": 5.0 - n / 100, "step_s": 2.0, "tokens_per_s": 4096.0} for n in range(1, 41)]
+
+
+def test_a_running_one(folder: RunFolder) -> None:
+    write(folder.journal, started(400), started(100, step=20))
+    write(folder.metrics, *STEPS, {"step": 40, "val_loss": 4.7},
+          {"step": 40, "slow_rank": 5, "host": "node3", "ratio": 1.11})
+    for name in ("step-00000020", "step-00000040", ".step-00000060.tmp", "step-00000060"):
+        (folder.checkpoints / name).mkdir()
+    for name in ("step-00000020", "step-00000040"):
+        (folder.checkpoints / name / "manifest.json").write_text("{}")
+    found = read_status(folder.path, NOW)
+    assert (found.state, found.step, found.steps, found.loss, found.restarts) == ("running", 40, 100, 4.6, 1)
+    assert found.last_set == "step-00000040" and found.val_loss == 4.7
+    assert found.left_s == 120.0 and found.goodput == pytest.approx(80 / 400)
+    text = describe(found)
+    for said in ("running", "40 of 100", "4.10K tokens/s", "2m00s", "20.0%", "node3", str(folder.logs)):
+        assert said in text, text
+
+
+@pytest.mark.parametrize("event", ["done", "stopped"])
+def test_a_clean_end(folder: RunFolder, event: str) -> None:
+    write(folder.journal, started(400), {"event": event, "time": NOW - 300, "step": 40}, age_s=300)
+    write(folder.metrics, *STEPS, age_s=300)
+    found = read_status(folder.path, NOW)
+    assert (found.state, found.left_s) == (event, None) and found.goodput == pytest.approx(0.8)
+
+
+def test_a_failed_one_says_who(folder: RunFolder) -> None:
+    write(folder.journal, started(400))
+    failure = {"rank": 3, "host": "node9", "step": 7, "error": "Died", "message": "of SIGKILL"}
+    folder.failure.write_text(json.dumps(failure))
+    found = read_status(folder.path, NOW)
+    assert found.state == "failed" and "rank 3 on node9, step 7: Died: of SIGKILL" in describe(found)
+
+
+def test_silence_without_a_word_is_death_unless_the_process_is_here(folder: RunFolder) -> None:
+    write(folder.journal, started(4000), age_s=4000)
+    write(folder.metrics, *STEPS, age_s=3900)
+    assert read_status(folder.path, NOW).state == "dead"
+    folder.watch.mkdir()
+    write(folder.watch / "beat-node1", {"count": 3}, age_s=3)
+    assert read_status(folder.path, NOW).state == "running"
+    (folder.watch / "beat-node1").unlink()
+    write(folder.journal, started(4000, host=socket.gethostname(), pid=os.getpid()), age_s=4000)
+    assert read_status(folder.path, NOW).state == "running"
+
+
+def test_a_folder_of_a_job_that_never_ran_and_one_that_is_none(folder: RunFolder) -> None:
+    assert read_status(folder.path, NOW).state == "not started"
+    with pytest.raises(UserError, match="no run folder"):
+        read_status(folder.path.parent, NOW)
