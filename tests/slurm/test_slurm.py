@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import pickletools
+import subprocess
 import sys
+import sysconfig
 
 import pytest
 
@@ -219,6 +221,26 @@ def test_a_pickle_that_others_can_write_is_not_loaded(place):
     (place.run / f"submit/{job_id}_submitted.pkl").chmod(0o666)
     place.until_state(job_id, "FAILED")
     assert "can be written by others" in place.logs() and not place.told()
+
+
+def test_the_environment_is_unpacked_once_a_node_and_used(place):
+    """A small environment that finds its packages in ours; all four nodes' disks are one here."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place.folder / "venv"], check=True)
+    site = next((place.folder / "venv").glob("lib/python3*/site-packages"))
+    (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (place.source / "hpcpar/cli.py").write_text("import os, pathlib, sys\ndef main(words):\n"
+                                                "    run = pathlib.Path(words[words.index('--run') + 1])\n"
+                                                "    (run / os.environ['SLURM_PROCID']).write_text(sys.prefix)\n")
+    local = place.folder / "disk"
+    place.environment |= {"USER": "me", "SCRATCH": str(local)}
+    job_id = place.call(place.folder / "venv/bin/python", "-c", "import os, pathlib\n"
+                        "from hpcpar.submit.slurm import submit\n"
+                        "print(submit(pathlib.Path('job.toml'), ['--submit.stage_env', 'true', '--submit.local_dir', "
+                        "'$SCRATCH'], pathlib.Path('run'), os.environ).job_id)").strip()
+    place.until_state(job_id, "COMPLETED")
+    unpacked, = (local / "hpcpar-me").iterdir()
+    assert unpacked.name == next((place.folder / ".environments").iterdir()).stem
+    assert {(place.run / str(rank)).read_text() for rank in range(4)} == {str(unpacked)}
 
 
 @pytest.mark.parametrize(("words", "said"), [
