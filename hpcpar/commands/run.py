@@ -42,7 +42,6 @@ def commands() -> list[Command]:
             ("run", {"type": Path, "help": "a run folder"}),
             ("prompt", {"nargs": "?", "default": "", "help": "text to continue"}),
             ("--tokens", {"type": int, "default": 100, "help": "tokens to add at most (100)"}),
-            ("--temperature", {"type": float, "default": 0.8, "help": "0 takes the likeliest (0.8)"}),
         ]),
         Command("parity", "compare a job on its layout with one process, in fp64 (or --train.precision fp32)",
                 _parity, [
@@ -141,7 +140,7 @@ def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings
     store = job.data.store if isinstance(job.data.store, str) else job.data.store[0][0]
     tokenizer = TokenStore.open(store).tokenizer()
     network = load_network(path, job)
-    print(generate(network, tokenizer, args.prompt, args.tokens, args.temperature, seed=1))
+    print(generate(network, tokenizer, args.prompt, args.tokens))
     return 0
 
 
