@@ -7,7 +7,6 @@ import torch
 from hpcpar.data.tokenizer import Tokenizer
 from hpcpar.nn.transformer import Transformer
 
-
 TEMPERATURE = 0.8  # below 1 the likelier tokens come oftener: what a small model says reads better
 
 
