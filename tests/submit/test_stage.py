@@ -29,7 +29,9 @@ def unpack(archive, folder):
 
 
 def test_an_environment_is_packed_once_and_runs_from_where_it_is_unpacked(tmp_path, prefix):
-    staged = stage(Submit(stage_env=True, local_dir="$SCRATCH"), tmp_path)
+    staged = stage(Submit(stage_env=True, local_dir="$SCRATCH"), tmp_path, dry_run=True)
+    assert not (tmp_path / ".environments").exists()
+    assert stage(Submit(stage_env=True, local_dir="$SCRATCH"), tmp_path) == staged
     archive, = (tmp_path / ".environments").iterdir()
     written = archive.stat().st_mtime_ns
     assert stage(Submit(stage_env=True, local_dir="$SCRATCH"), tmp_path) == staged
