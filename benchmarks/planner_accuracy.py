@@ -38,9 +38,9 @@ Found = list[tuple[Row, float]]
 Machines = Callable[[Row], Machine]
 
 
-def errors(chosen: Iterable[Row], machine: Machines = lambda row: row.machine) -> Found:
-    """Return (row, relative error of the step time)."""
-    return [(row, Pricing(row.job, machine(row), row.practice).step(quick=True).total / row.step_s - 1)
+def errors(chosen: Iterable[Row], machine: Machines = lambda row: row.machine, quick: bool = False) -> Found:
+    """Return (row, relative error of the step time); `quick` takes pipelines in closed form, for the calibration."""
+    return [(row, Pricing(row.job, machine(row), row.practice).step(quick).total / row.step_s - 1)
             for row in chosen if row.step_s and not row.oom]
 
 
@@ -149,7 +149,7 @@ def fitted(chosen: list[Row]) -> Values:
 
     def cost(trial: Values) -> float:
         made = {name: with_values(machine, trial) for name, machine in machines.items()}
-        groups = by_source(errors(chosen, lambda row: made[short_name(row.machine)]))
+        groups = by_source(errors(chosen, lambda row: made[short_name(row.machine)], quick=True))
         return sum((median_of(v) ** 2 + statistics.mean(min(abs(e), 0.3) for e in v) ** 2 / 3) * min(1, len(v) / 5)
                    for v in groups.values())
 

@@ -25,7 +25,7 @@ from hpcpar.parallel.build import build, initialise
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, train_step
 
-STEPS = 12
+STEPS = 8
 SIZES = {"small": {"layers": 4, "hidden": 64, "heads": 4, "seq": 64, "vocab": 512},
          "10M": {"layers": 8, "hidden": 256, "heads": 8, "seq": 256, "vocab": 8192}}
 

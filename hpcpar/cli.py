@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             time.sleep(1)  # a launcher that ends the others at the first exit would swallow rank 0's line
         return error.exit_code
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _split(argv: Sequence[str]) -> tuple[Words, Words]:

@@ -122,6 +122,7 @@ def test_no_global_that_changes(path: Path) -> None:
 @pytest.mark.parametrize(("folder", "barred"), [
     ("config", "torch mpi4py numpy h5py"),
     ("layout", "torch mpi4py h5py"),
+    ("planner", "torch mpi4py h5py matplotlib"),
     ("checkpoint", "torch"),
     ("submit", "torch mpi4py"),
 ])

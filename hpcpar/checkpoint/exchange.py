@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import struct
@@ -35,6 +36,7 @@ from hpcpar.errors import CheckpointError, UserError
 from hpcpar.layout.boxes import whole
 from hpcpar.layout.parameters import parameter_table
 from hpcpar.nn.transformer import Transformer
+from hpcpar.units import format_bytes
 
 Array = np.ndarray[Any, Any]
 TOLERANCE = 1e-4  # between logits in fp32, of the largest logit where that is above 1
@@ -69,12 +71,12 @@ def load_network(path: Path, job: Job) -> Transformer:
     return network.eval()
 
 
-def export_set(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = 5 << 30, check: bool = True) -> str:
+def export_set(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = 5 << 30) -> str:
     """Write a set's weights as a Hugging Face folder, and return what was done in a line.
 
-    Unless `check` is off or transformers is not installed, transformers then reads the folder, and its logits must be
-    those of our network. Raises: UserError for what the family's layout cannot say; CheckpointError if the set is
-    damaged or the logits differ. Nothing is published then.
+    Where transformers is installed and memory holds two models in fp32, transformers then reads the folder, and its
+    logits must be those of our network. Raises: UserError for what the family's layout cannot say; CheckpointError if
+    the set is damaged or the logits differ. Nothing is published then.
     Memory: one tensor of theirs twice; for the check two models in fp32.
     """
     if out.exists():
@@ -91,9 +93,17 @@ def export_set(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int 
             shutil.copyfile(file, folder / file.name)
         if files and not (folder / "tokenizer_config.json").exists():
             _write_json(folder / "tokenizer_config.json", _tokenizer_config(files, job.model))
-        said = compare_logits(folder, path, job, dtype) if check else "logits not compared"
+        needed, free = 2 * 4 * sum(math.prod(p.shape) for p in parameter_table(job.model)), _free_memory()
+        said = compare_logits(folder, path, job, dtype) if needed < free else (
+            f"logits not compared: two models take {format_bytes(needed)}, {format_bytes(free)} are free")
     words = "with its tokenizer" if files else "without a tokenizer (its store is not here)"
     return f"{path.name} -> {out}: {config['architectures'][0]} in {dtype}, {num_files} files, {words}; {said}"
+
+
+def _free_memory() -> int:
+    """Return the bytes that can be had without pushing others out."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def write_safetensors(folder: Path, path: Path, manifest: Manifest, tensors: list[Foreign], dtype: str,

@@ -15,7 +15,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,10 @@ class Inquiry:
         """Return the number of the next host's last beat; -1 where there is no next host, or no beat of it."""
         names = sorted(self._hosts)
         other = names[(names.index(self._host) + 1) % len(names)]
-        if other == self._host:
-            return -1
-        return int(_get(self.folder / f"beat-{other}").get("count", -1))
+        return -1 if other == self._host else self._beat_of(other)
+
+    def _beat_of(self, host: str) -> int:
+        return int(_get(self.folder / f"beat-{host}").get("count", -1))
 
     def questions(self) -> list[str]:
         """Return the names of questions that this host has not answered yet."""
@@ -181,17 +182,30 @@ class Inquiry:
         (self.folder / f"ask-{name}").touch()
         return name
 
-    def answers(self, name: str) -> tuple[list[Testimony], list[str]]:
-        """Return the other hosts' testimonies, and the hosts that have not answered in time."""
-        return await_answers(self.folder, name, [host for host in self._hosts if host != self._host])
+    def answers(self, name: str, mine: Sequence[Testimony]) -> tuple[list[Testimony], list[str]]:
+        """Return the other hosts' testimonies, and the hosts that neither answer nor beat any more.
+
+        Meanwhile `mine` answers those who ask at the same time: two that only waited for one another would both take
+        the other for silent. A host without a witness has never had a beat, and is not silent.
+        """
+        hosts = [host for host in self._hosts if host != self._host]
+        beats = {host: self._beat_of(host) for host in hosts}
+
+        def answer_others() -> None:
+            for other in self.questions():
+                self.answer(other, mine)
+
+        told, late = await_answers(self.folder, name, hosts, answer_others)
+        return told, [host for host in late if 0 <= beats[host] == self._beat_of(host)]
 
 
-def await_answers(folder: Path, name: str, hosts: Sequence[str], limit_s: float = ANSWER_S) -> tuple[list[Testimony],
-                                                                                                    list[str]]:
+def await_answers(folder: Path, name: str, hosts: Sequence[str], meanwhile: Callable[[], None] = lambda: None,
+                  ) -> tuple[list[Testimony], list[str]]:
     """Wait for the answers of hosts to a question; return the testimonies, and the hosts that did not answer."""
     told: list[Testimony] = []
-    silent, end = list(hosts), time.monotonic() + limit_s
+    silent, end = list(hosts), time.monotonic() + ANSWER_S
     while silent and time.monotonic() < end:
+        meanwhile()
         for host in list(silent):
             answer = _get(folder / f"answer-{name}.{host}.json")
             if answer:

@@ -184,7 +184,7 @@ class Witness:
         """Ask all hosts, judge, and publish the verdict if there is one."""
         name = self._inquiry.ask()
         told = self._testimonies()
-        others, silent = self._inquiry.answers(name)
+        others, silent = self._inquiry.answers(name, told)
         told += others
         unheard = [rank for host in silent for rank in self._task.hosts[host]]
         if any(one.manner == "failed" for one in told):

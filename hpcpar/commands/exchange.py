@@ -16,15 +16,12 @@ def commands() -> list[Command]:
     return [
         Command("ckpt export", "write a set as a Hugging Face folder (GPT-2 or Llama, safetensors)", _export, [
             ("path", {"type": Path, "metavar": "RUN|SET", "help": "a run folder (its newest set), or a set"}),
-            ("--out", {"required": True, "type": Path, "metavar": "DIR", "help": "the folder to make"}),
+            ("out", {"type": Path, "metavar": "DIR", "help": "the folder to make"}),
             ("--dtype", {"choices": ("fp32", "bf16", "fp16"), "default": "fp32", "help": "of the weights (fp32)"}),
-            ("--max-shard-mib", {"type": int, "default": 5120, "help": "size of a file (5120)"}),
-            ("--no-check", {"action": "store_true",
-                            "help": "do not compare logits with transformers (which takes two models in memory)"}),
         ]),
         Command("ckpt import", "make step 0 of a run, and a job file, from a Hugging Face folder", _import, [
             ("source", {"type": Path, "metavar": "DIR", "help": "config.json, *.safetensors, tokenizer"}),
-            ("--run", {"required": True, "type": Path, "metavar": "DIR", "help": "the run folder to make"}),
+            ("run", {"type": Path, "help": "the run folder to make"}),
         ]),
     ]
 
@@ -34,12 +31,10 @@ def _export(args: argparse.Namespace, words: Words, surroundings: Surroundings) 
     from hpcpar.checkpoint.format import MANIFEST
     from hpcpar.checkpoint.verify import latest_set
 
-    if args.max_shard_mib < 1:
-        raise UserError("--max-shard-mib", f"is {args.max_shard_mib}", "at least 1")
     path = args.path if (args.path / MANIFEST).exists() else latest_set(RunFolder(args.path).checkpoints)
     if path is None:
         raise UserError(str(args.path), "has no published checkpoint", "give a run folder or a set (step-00000100)")
-    print(export_set(path, args.out, args.dtype, args.max_shard_mib << 20, not args.no_check))
+    print(export_set(path, args.out, args.dtype))
     return 0
 
 

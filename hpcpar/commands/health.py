@@ -51,8 +51,9 @@ def _status(args: argparse.Namespace, words: Words, surroundings: Surroundings) 
     if args.watch:
         _watch(args.run)
         return 0
-    print(describe(read_status(args.run)))
-    return 0
+    status = read_status(args.run)
+    print(describe(status))
+    return 3 if status.mfu is not None and status.mfu > 1 else 0
 
 
 def _watch(path: Path) -> None:

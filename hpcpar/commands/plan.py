@@ -15,7 +15,7 @@ from hpcpar.errors import UserError
 def commands() -> list[Command]:
     """List this module's commands."""
     return [Command("plan", "foretell memory, time, days and money of a job, or search its best layout", _plan, [
-        ("job", {"nargs": "?", "help": "a job file (TOML)"}),
+        ("job", {"nargs": "?", "help": "a job file (TOML), or a number of parameters: the sums on it"}),
         ("--json", {"action": "store_true", "help": "one object on stdout; seconds, bytes, FLOP"}),
         ("--plot", {"type": Path, "metavar": "DIR", "help": "draw timeline, memory and time into DIR"}),
         ("--search", {"action": "store_true", "help": "find the best layouts for the job's GPUs"}),
@@ -25,13 +25,13 @@ def commands() -> list[Command]:
                                                  "that trains in D days, as in 30d (20 tokens a parameter)"}),
         ("--efficiency", {"type": float, "metavar": "E", "help": "also the days at this share of the peak"}),
         ("--ladder", {"metavar": "NAME", "help": "a published family of models: gpt3"}),
-        ("--params", {"type": float, "metavar": "P", "help": "without a job: bytes of P parameters"}),
-        ("--tokens", {"type": float, "metavar": "T", "help": "with --params: FLOPs, GPU-days and money"}),
+        ("--tokens", {"type": float, "metavar": "T", "help": "with a number of parameters: FLOPs, GPU-days and money"}),
     ], overrides=True)]
 
 
 def _plan(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
-    if args.job is not None and not (args.ladder or args.params):
+    num_parameters = _number(args.job)
+    if args.job is not None and not args.ladder and num_parameters is None:
         (_search if args.search or args.budget else _one)(args, words)
         return 0
     from hpcpar.config.load import parse_overrides
@@ -41,11 +41,18 @@ def _plan(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
     gpu, price = wish.get("machine.gpu", "a100-80g"), float(wish.get("submit.price_per_gpu_hour", 0.0))
     if args.ladder:
         print(describe_ladder(args.ladder, gpu))
-    elif args.params:
-        print(describe_sums(args.params, args.tokens, args.gpus, gpu, args.efficiency, price))
+    elif num_parameters is not None:
+        print(describe_sums(num_parameters, args.tokens, args.gpus, gpu, args.efficiency, price))
     else:
-        raise UserError("plan", "needs a job file", "hpcpar plan JOB, or --params P, or --ladder gpt3")
+        raise UserError("plan", "needs a job file", "hpcpar plan JOB, or hpcpar plan 175e9, or --ladder gpt3")
     return 0
+
+
+def _number(word: str | None) -> float | None:
+    try:
+        return float(word or "")
+    except ValueError:
+        return None
 
 
 def _one(args: argparse.Namespace, words: Words) -> None:

@@ -18,7 +18,6 @@ def commands() -> list[Command]:
                     _rehearse, [
         job_argument(),
         ("--rank", {"type": int, "default": 0, "help": "global rank to play (0)"}),
-        ("--real", {"action": "store_true", "help": "make the tensors, and time them (a GPU does so anyhow)"}),
         ("--all", {"action": "store_true", "help": "prove that the calls of all ranks match; makes no tensor"}),
     ], overrides=True)]
 
@@ -44,5 +43,5 @@ def _rehearse(args: argparse.Namespace, words: Words, surroundings: Surroundings
 
     gpu = surroundings.gpus and torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
-    print(describe(layout, rehearse(layout, args.rank, device, real=gpu or args.real)))
+    print(describe(layout, rehearse(layout, args.rank, device, real=gpu)))
     return 0

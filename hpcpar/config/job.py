@@ -68,7 +68,6 @@ class Train:
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = option("bf16", "parameters and activations; bf16 and fp16 "
                                                                         "keep fp32 master weights")
     seed: int = option(1, "of weights, sample order and dropout", 0)
-    max_skips: int = option(20, "bad steps in a row, or rollbacks in all, before the run fails", 0)
     compile: bool = option(False, "torch.compile the layers' compute")
 
 
@@ -85,7 +84,6 @@ class Optim:
     warmup_steps: int = option(0, "steps of linear warm-up", 0)
     decay_steps: int | None = option(None, "step at which the cosine reaches min_lr; default: train.steps", 0)
     ramp: tuple[int, int, int] | None = option(None, "batch ramp: start and increment (sequences), over samples")
-    loss_scale: float = option(65536.0, "first loss scale (fp16 only)", 1)
 
 
 @dataclass(frozen=True)

@@ -173,14 +173,13 @@ def layer_time(cut: Cut, machine: Machine, practice: Practice, recompute: str) -
     if recompute == "full":
         again = forward
         if practice.stops_early:
-            again = forward._replace(matmul=forward.matmul - forward_matmul[-1], tensor=0.75 * forward.tensor
-                                     if cut.sequence_parallel else 0.5 * forward.tensor)
+            again = forward._replace(tensor=(0.75 if cut.sequence_parallel else 0.5) * forward.tensor)
     elif recompute == "selective" and practice.keeps_half_the_products:
         again = Seconds(matmul=0.5 * forward.matmul, elementwise=forward.elementwise)
     elif recompute == "selective":
         again = Seconds(attention=core)
         if practice.recomputes_projections:
-            count = 1 if practice.packed_projections else 3
+            count = 2 if practice.packed_projections else 4  # q, k, v and the output
             again = again._replace(matmul=sum(forward_matmul[:count]))
     return LayerTime(forward, backward, again)
 

@@ -37,23 +37,16 @@ def attention_core_flops(model: Model, tokens: float) -> float:
     return 4.0 * tokens * model.seq * model.hidden
 
 
-def recomputed_flops(model: Model, sequences: float, recompute: str, stops_early: bool = False) -> float:
-    """Return the FLOPs that a step repeats.
-
-    `stops_early`: recomputation ends when backward has what it needs, so the last product of what is repeated
-    (the MLP's second, under "selective" the output projection, whose projections are repeated too) is left out.
-    """
+def recomputed_flops(model: Model, sequences: float, recompute: str, projections: bool = False) -> float:
+    """Return the FLOPs that a step repeats; `projections`: "selective" repeats q, k, v and the output too."""
     tokens = sequences * model.seq
     if recompute == "none":
         return 0.0
     if recompute == "full":
-        skipped = 2 * tokens * model.hidden * required(model.ffn) if stops_early else 0.0
-        return model.layers * (layer_forward_flops(model, tokens) - skipped)
-    core = attention_core_flops(model, tokens)
-    if stops_early:
-        kv_width = model.hidden // model.heads * required(model.kv_heads)
-        core += 2 * tokens * model.hidden * (model.hidden + 2 * kv_width)
-    return model.layers * core
+        return model.layers * layer_forward_flops(model, tokens)
+    kv_width = model.hidden // model.heads * required(model.kv_heads)
+    beside = 2 * tokens * model.hidden * (2 * model.hidden + 2 * kv_width) if projections else 0.0
+    return model.layers * (attention_core_flops(model, tokens) + beside)
 
 
 def narayanan_parameters(layers: int, hidden: int, seq: int, vocab: int) -> float:

@@ -50,7 +50,7 @@ class Plan:
         """FLOPs of a step, recomputation counted."""
         practice = self.pricing.practice
         again = flops.recomputed_flops(self.job.model, self.job.train.global_batch, self.job.layout.recompute,
-                                       practice.stops_early)
+                                       practice.recomputes_projections)
         return self.model_flops + again
 
     @property

@@ -19,8 +19,8 @@ class Practice:
     packed_projections: bool = False  # q, k, v (and gate, up) are one product each
     dropout: bool = False  # masks are kept and applied after attention and MLP
     keeps_gathered: bool = True  # sequence parallelism keeps the gathered input; else it is gathered again in backward
-    stops_early: bool = True  # recomputation leaves out what backward does not need
-    recomputes_projections: bool = True  # "selective" repeats q, k, v besides the attention; False: attention alone
+    stops_early: bool = True  # full recomputation leaves out the layer's last exchange
+    recomputes_projections: bool = True  # "selective" repeats all of attention; False: without its products
     keeps_half_the_products: bool = False  # "selective" keeps every other product's result and the attention's instead
     grad_bytes: int = 4  # of a gradient as it is accumulated and reduced
     copies_owned_grads: bool = False  # the update works on an fp32 copy of the owned gradients

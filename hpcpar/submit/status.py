@@ -9,17 +9,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from hpcpar.config.job import Job
 from hpcpar.config.load import load_job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
+from hpcpar.layout.parameters import parameter_table
 from hpcpar.units import format_count, format_seconds
 
 QUIET_S = 60.0
 """How long a run may give no sign, at least, before it is taken for dead."""
 _RECENT = 20  # steps that speeds are taken from
+PEAK_TFLOPS = MappingProxyType({"v100-32g": 125.0, "a100-40g": 312.0, "a100-80g": 312.0, "h100-80g": 989.0,
+                                "h200": 989.0, "b200": 2250.0})
+"""Dense 16-bit peaks (datasheets, without sparsity); a GPU that is not here has no MFU."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class RunStatus:
     val_loss: float | None = None
     step_s: float | None = None
     tokens_per_s: float | None = None
+    mfu: float | None = None
     ranks: int = 0
     left_s: float | None = None
     last_set: str = ""
@@ -61,6 +67,8 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     starts = [line for line in journal if line["event"] == "start"]
     step = steps[-1]["step"] if steps else (starts[-1]["step"] if starts else 0)
     end = now if state == "running" else max([*(line["time"] for line in journal), *signs], default=now)
+    tokens_per_s = median(line["tokens_per_s"] for line in steps[-_RECENT:]) if steps else None
+    ranks = starts[-1]["ranks"] if starts else 0
     sets = sorted(p.name for p in folder.checkpoints.glob("step-*") if (p / "manifest.json").exists())
     slow = next((line for line in reversed(lines) if "slow_rank" in line), None)
     return RunStatus(
@@ -68,8 +76,9 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         loss=steps[-1]["loss"] if steps else None,
         val_loss=next((line["val_loss"] for line in reversed(lines) if "val_loss" in line), None),
         step_s=step_s,
-        tokens_per_s=median(line["tokens_per_s"] for line in steps[-_RECENT:]) if steps else None,
-        ranks=starts[-1]["ranks"] if starts else 0,
+        tokens_per_s=tokens_per_s,
+        mfu=model_flops_utilization(job, tokens_per_s, ranks),
+        ranks=ranks,
         left_s=(job.train.steps - step) * step_s if step_s is not None and state == "running" else None,
         last_set=sets[-1] if sets else "",
         restarts=max(0, len(starts) - 1),
@@ -78,6 +87,22 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         quiet_s=quiet_s, why=why,
         slow=f"rank {slow['slow_rank']} on {slow['host']} ({slow['ratio']} x)" if slow else "",
     )
+
+
+def model_flops_utilization(job: Job, tokens_per_s: float | None, ranks: int) -> float | None:
+    """Return the share of the dense peak that the model's FLOPs make, or None for a GPU or precision without a peak.
+
+    FLOPs a token: 6 for each weight of a matrix (a tied embedding once, a look-up none), 12 x layers x hidden x seq for
+    attention, nothing for what is recomputed. Source: Narayanan et al. 2021, arXiv 2104.04473, appendix.
+    """
+    peak = PEAK_TFLOPS.get(job.machine.gpu)
+    if peak is None or not ranks or tokens_per_s is None or job.train.precision not in ("bf16", "fp16"):
+        return None
+    model = job.model
+    looked_up = {"embedding.position.weight"} | (set() if model.tied else {"embedding.token.weight"})
+    weights = sum(p.numel for p in parameter_table(model) if len(p.shape) == 2 and p.name not in looked_up)
+    flops = 6 * weights + 12 * model.layers * model.hidden * model.seq
+    return tokens_per_s * flops / (ranks * peak * 1e12)
 
 
 def _state(folder: RunFolder, journal: list[dict[str, Any]], quiet_s: float | None, limit_s: float) -> tuple[str, str]:
@@ -132,6 +157,7 @@ def rows(status: RunStatus) -> list[tuple[str, str]]:
         ("step", f"{status.step} of {status.steps}{bad}"),
         ("loss", number(status.loss, "{:.4f}") + (f" (validation {status.val_loss:.4f})" if status.val_loss else "")),
         ("speed", speed),
+        *([("mfu", _mfu_row(status.mfu))] if status.mfu is not None else []),
         ("time left", "-" if status.left_s is None else format_seconds(status.left_s)),
         ("last checkpoint", status.last_set or "none yet"),
         ("restarts", str(status.restarts)),
@@ -141,6 +167,12 @@ def rows(status: RunStatus) -> list[tuple[str, str]]:
         shown.append(("slow", status.slow))
     return [*shown, ("logs", f"{folder.logs}{os.sep}  {folder.metrics}"
                      + (f"  {folder.failure}" if status.state == "failed" else ""))]
+
+
+def _mfu_row(mfu: float) -> str:
+    if mfu > 1:
+        return f"{mfu:.0%}: ERROR, more than the peak: machine.gpu names a slower GPU than the run has"
+    return f"{mfu:.1%} of the dense 16-bit peak (model FLOPs, recomputation not counted)"
 
 
 def describe(status: RunStatus) -> str:

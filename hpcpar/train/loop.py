@@ -36,10 +36,11 @@ from hpcpar.train.metrics import Metrics
 from hpcpar.train.resume import check_same, or_offer, saved_progress
 from hpcpar.train.rewind import leave_out
 from hpcpar.train.saving import Saves
-from hpcpar.train.state import Progress
+from hpcpar.train.state import FIRST_LOSS_SCALE, Progress
 from hpcpar.train.step import StepResult, Trainee, train_step
 from hpcpar.train.straggler import REPORT_EVERY, Stragglers
 
+MAX_BAD_STEPS = 20  # in a row, or rollbacks in all: after that something is wrong that no batch explains
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -89,7 +90,7 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         check_same(state, job, order, found)
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device, note)
-    progress = Progress(loss_scale=job.optim.loss_scale if job.train.precision == "fp16" else 1.0)
+    progress = Progress(loss_scale=FIRST_LOSS_SCALE if job.train.precision == "fp16" else 1.0)
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
@@ -203,9 +204,9 @@ def _after_bad_step(run: Run, result: StepResult) -> None:
     job, progress = run.job, run.progress
     run.say(f"step {progress.step}: update left out, {result.skipped} (loss {result.loss:g}, gradient norm "
             f"{result.grad_norm:g})")
-    if max(progress.skips, progress.rollbacks) > job.train.max_skips:
+    if max(progress.skips, progress.rollbacks) > MAX_BAD_STEPS:
         raise RunError(f"{result.skipped}: {progress.skips} bad steps in a row, {progress.rollbacks} rollbacks (loss "
-                       f"{result.loss}, gradient norm {result.grad_norm}); lower optim.lr, or raise train.max_skips")
+                       f"{result.loss}, gradient norm {result.grad_norm}); lower optim.lr")
     overflow = job.train.precision == "fp16" and not math.isfinite(result.grad_norm)  # that the loss scale mends
     if job.stability.on_spike == "rollback" and not overflow:
         _roll_back(run, result)

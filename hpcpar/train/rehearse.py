@@ -28,6 +28,7 @@ from hpcpar.layout.mesh import Coordinates
 from hpcpar.layout.schedule import in_flight
 from hpcpar.parallel.build import build
 from hpcpar.parallel.zero import ShardedOptimizer
+from hpcpar.planner.plan import make_plan
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, compute_gradients
 from hpcpar.units import format_bytes, format_seconds
@@ -186,15 +187,20 @@ def _now(device: torch.device) -> float:
 
 
 def describe(layout: Layout, played: Rehearsal) -> str:
-    """Tell a rehearsal in words."""
-    at, job = played.at, layout.job
-    layers = layout.stages[at.pp_rank]
+    """Tell a rehearsal in words, beside what the planner foretells of that rank on the job's machine."""
+    at, job, memory = played.at, layout.job, played.memory_bytes
+    plan = make_plan(job)
+    foretold = plan.memory[at.pp_rank]
+    rows = {**{state: (memory[state], getattr(foretold, state)) for state in STATES},
+            "activations": (memory["activations"], foretold.activations),
+            "working": (memory["working"], foretold.buffers + foretold.logits),
+            "peak": (played.peak_bytes, foretold.total - foretold.fragmentation)}
     lines = [
-        f"rank {layout.mesh.rank(at)} of {layout.mesh.size} ({at}): {len(layers)} layers of {job.model.layers}, "
-        f"{played.num_microbatches} of {layout.num_microbatches} microbatches played, "
+        f"rank {layout.mesh.rank(at)} of {layout.mesh.size} ({at}): {len(layout.stages[at.pp_rank])} layers of "
+        f"{job.model.layers}, {played.num_microbatches} of {layout.num_microbatches} microbatches played, "
         f"{'with tensors' if played.compute_s else 'on shapes only'}",
-        *(f"  {category:<14}{format_bytes(num_bytes):>12}" for category, num_bytes in played.memory_bytes.items()),
-        f"  {'peak':<14}{format_bytes(played.peak_bytes):>12}",
+        f"{'':<14}{'rehearsed':>12}{'foretold':>12}",
+        *(f"{name:<14}{format_bytes(seen):>12}{format_bytes(said):>12}" for name, (seen, said) in rows.items()),
         f"arithmetic    {played.flops / 1e12:.3f} TFLOP a microbatch, "
         f"{played.flops * layout.num_microbatches / 1e12:.1f} a step",
     ]

@@ -47,7 +47,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("layout", Rule(True, "a set holds boxes of whole tensors: each rank reads the boxes of its own layout")),
     ("train.seed", Rule(False, "sample order and dropout are functions of it")),
     ("train.precision", Rule(True, "fp64 jobs keep fp64 weights and moments, all others fp32: these are cast once, as "
-                                   "they are read; fp16 begins with optim.loss_scale")),
+                                   "they are read; fp16 begins with a fresh loss scale")),
     ("train.global_batch", Rule(True, "the data position is a sample number; the schedules go on by step")),
     ("train.microbatch", Rule(True, "the same samples; only sums are made in another order")),
     ("train.steps", Rule(True, "where the run ends; set optim.decay_steps to keep the old decay")),

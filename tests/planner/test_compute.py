@@ -107,7 +107,7 @@ def test_recomputation_adds_about_a_forward() -> None:
     full = layer_time(cut, machine, dataclasses.replace(TRAINER, stops_early=False), "full")
     early = layer_time(cut, machine, TRAINER, "full")
     assert full.again == full.forward
-    assert 0.6 < early.again.total / full.again.total < 0.9  # the last product and the last exchange are left out
+    assert early.again.total == pytest.approx(full.again.total - full.forward.tensor / 4)  # one exchange less
     assert layer_time(cut, machine, TRAINER, "none").again.total == 0
 
 

@@ -158,7 +158,7 @@ def test_a_kind_that_cannot_hold_its_share_is_refused() -> None:
 
 
 def test_calculators(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--params", "245.73e9", "--tokens", "180e9", "--gpus", "2128", "--efficiency", "0.448"]) == 0
+    assert main(["plan", "245.73e9", "--tokens", "180e9", "--gpus", "2128", "--efficiency", "0.448"]) == 0
     page = capsys.readouterr().out
     for words in ("4,095.5 PF-days", "3,071.6 PF-days", "13.8 days on 2128", "491.5 GB", "457.7 GiB"):
         assert words in page, words

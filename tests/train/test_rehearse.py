@@ -14,7 +14,8 @@ from hpcpar.config.resolve import resolve
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.traffic import Call, Traffic
 from hpcpar.parallel.build import build
-from hpcpar.train.rehearse import Ledger, rehearse, state_bytes, steady_microbatches
+from hpcpar.planner.plan import make_plan
+from hpcpar.train.rehearse import STATES, Ledger, rehearse, state_bytes, steady_microbatches
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, compute_gradients
 from tests.parity.jobs import all_pairs, job_of, name_of, random_tokens
@@ -44,6 +45,8 @@ def test_state_bytes_follow_from_the_layout(precision, choice):
             found = state_bytes(trainee_of(layout, rank).optimizer)
         assert found == {"weights": numel * layout.element_bytes, "gradients": numel * layout.main_bytes,
                          "master": 4 * owned if precision == "bf16" else 0, "moments": 2 * owned * layout.main_bytes}
+        foretold = make_plan(layout.job).memory[at.pp_rank]
+        assert found == {state: getattr(foretold, state) for state in STATES}
 
 
 @pytest.mark.parametrize("choice", all_pairs()[::6], ids=name_of)
@@ -128,7 +131,7 @@ def test_arithmetic_equals_the_formula(model, recompute):
 
     torch also counts the scores that fused attention computes again in its backward: half of its forward.
     """
-    batch, hidden, ffn, layers, seq, vocab = 2, 128, 384, 3, 64, 512
+    batch, hidden, ffn, layers, seq, vocab = 2, 256, 768, 3, 64, 512
     job = resolve(override(Job(), model={"layers": layers, "hidden": hidden, "heads": 8, "ffn": ffn, "seq": seq,
                                          "vocab": vocab, **model},
                            layout={"recompute": recompute}, train={"global_batch": batch, "microbatch": batch}))
@@ -140,7 +143,10 @@ def test_arithmetic_equals_the_formula(model, recompute):
     mlp = 2 * tokens * hidden * ffn * (2 if job.model.kind == "gpt" else 3)
     again = {"none": 0, "selective": attention + out, "full": attention + out + mlp}[recompute]
     expected = layers * (3 * (attention + out + mlp) + scores / 2 + again) + 3 * 2 * tokens * hidden * vocab
-    assert rehearse(Layout(job), 0, CPU, False).flops == pytest.approx(expected, rel=0.01)
+    found = rehearse(Layout(job), 0, CPU, False).flops
+    assert found == expected
+    # the planner counts the mathematics, and so not the scores computed again
+    assert make_plan(job).hardware_flops == pytest.approx(found, rel=0.01)
 
 
 def test_commands(capsys):

@@ -18,6 +18,7 @@ from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.loop import start_run, train
 from hpcpar.train.metrics import read_metrics
 from hpcpar.train.preflight import open_order
+from hpcpar.train.state import FIRST_LOSS_SCALE
 from tests.train.small import make_job, make_store
 
 pytestmark = pytest.mark.mpi
@@ -141,10 +142,10 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(world, store, folder, monke
     before = []
     original = ShardedOptimizer.update
     monkeypatch.setattr(ShardedOptimizer, "update", lambda self, *a: (before.append(a[1]), original(self, *a))[1])
-    job = make_job(store, layout={"tp": 2, "pp": 2}, train={"precision": precision}, optim={"loss_scale": 64.0})
+    job = make_job(store, layout={"tp": 2, "pp": 2}, train={"precision": precision})
     done, run = run_once(world, job, folder)
     assert done and before == [0, 1, 2, 3, 4] and run.progress.updates == 5 and run.progress.step == 6
-    assert run.progress.loss_scale == (32.0 if precision == "fp16" else 1.0)
+    assert run.progress.loss_scale == (FIRST_LOSS_SCALE / 2 if precision == "fp16" else 1.0)
     everyones = world.control.all_gather(run.progress.as_dict())
     assert all(progress == everyones[0] for progress in everyones)
     for shards in run.trainee.optimizer.shards().values():
@@ -155,8 +156,9 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(world, store, folder, monke
 
 def test_endless_nans_end_the_run_alike(world, store, folder, monkeypatch):
     poison(monkeypatch, world, 3, range(100))
-    job = make_job(store, layout={"tp": 2, "pp": 2}, train={"max_skips": 2})
-    with pytest.raises(RunError, match="not finite for 3 steps in a row"):
+    monkeypatch.setattr("hpcpar.train.loop.MAX_BAD_STEPS", 2)
+    job = make_job(store, layout={"tp": 2, "pp": 2})
+    with pytest.raises(RunError, match="not finite: 3 bad steps in a row"):
         run_once(world, job, folder)
     assert latest_set(folder.checkpoints) is None
 
