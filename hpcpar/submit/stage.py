@@ -33,7 +33,7 @@ class Staged:
 
 
 def stage(wish: Submit, beneath: Path, dry_run: bool = False) -> Staged:
-    """Return how ranks start Python: from the environment, a container, or the environment staged in `local_dir`.
+    """Return how ranks start Python: from the environment, a container, or the environment staged on a node's disk.
 
     The archive lies in `beneath`/.environments, one for all runs with equal packages; a dry run only names it.
     Cost: the first time, reading the whole environment.
@@ -48,7 +48,7 @@ def stage(wish: Submit, beneath: Path, dry_run: bool = False) -> Staged:
     archive = _archive(Path(sys.prefix), beneath / ".environments")
     if not dry_run:
         _pack(Path(sys.prefix), archive)
-    local = f'"{wish.local_dir}/hpcpar-$USER"'  # the batch shell fills in variables
+    local = f'"{wish.stage_env}/hpcpar-$USER"'  # the batch shell fills in variables
     words = f"{shlex.quote(UNPACK)} unpack {shlex.quote(str(archive))} {local} {archive.stem}"
     a_node = 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 --mpi=none'
     return Staged(f"{local}/{archive.stem}/bin/python", (f"{a_node} bash -c {words} || exit",))

@@ -271,7 +271,7 @@ def test_the_environment_is_unpacked_once_a_node_and_used(place):
     place.environment |= {"USER": "me", "SCRATCH": str(local)}
     job_id = place.call(place.folder / "venv/bin/python", "-c", "import os, pathlib\n"
                         "from hpcpar.submit.slurm import submit\n"
-                        "print(submit(pathlib.Path('job.toml'), ['--submit.stage_env', 'true', '--submit.local_dir', "
+                        "print(submit(pathlib.Path('job.toml'), ['--submit.stage_env', "
                         "'$SCRATCH'], pathlib.Path('run'), os.environ).job_id)").strip()
     place.until_state(job_id, "COMPLETED")
     unpacked, = (local / "hpcpar-me").iterdir()
