@@ -156,8 +156,8 @@ class Submit:
     gres: str = option("", "how the cluster calls its GPUs, such as gpu:a100; default: --gpus-per-node")
     container: str = option("", "words before python3 on every rank, such as apptainer exec --nv IMAGE")
     max_walltime_min: int | None = option(None, "longest time limit that the cluster gives; default: ask Slurm", 1)
-    stage_env: bool = option(False, "pack the Python environment once and unpack it on every node's own disk")
-    local_dir: str = option("/tmp", "a folder on every node's own disk (shell variables allowed)")
+    stage_env: str = option("", "a folder on every node's own disk (shell variables allowed) to unpack the Python "
+                                "environment in before the run; default: Python starts from where it is")
     elastic: bool = option(False, "take fewer nodes where some are missing, at a smaller dp")
     retries: int = option(3, "starts in a row that save nothing new before a failing run is given up", 0)
 

@@ -38,8 +38,8 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
                "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'"), "constraint": "ib&a100",
                "price_per_gpu_hour": 2.5,
-               "gres": "gpu:a100", "container": "apptainer exec a.sif", "max_walltime_min": 60, "stage_env": True,
-               "local_dir": "/scratch", "elastic": True, "retries": 0},
+               "gres": "gpu:a100", "container": "apptainer exec a.sif", "max_walltime_min": 60, "stage_env": "/scratch",
+               "elastic": True, "retries": 0},
 }
 
 

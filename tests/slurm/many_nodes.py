@@ -24,7 +24,7 @@ SuspendTime=3600
 NodeName=cloud[1-1024] CPUs=64 RealMemory=64000 Gres=gpu:8 State=CLOUD
 PartitionName=cloud Nodes=cloud[1-1024] MaxTime=INFINITE State=UP
 """
-WORDS = ["--cluster", ROOT / "slurm/clusters/a100-80g.toml", "--submit.stage_env", "false", "--dry-run"]
+WORDS = ["--cluster", ROOT / "slurm/clusters/a100-80g.toml", "--submit.stage_env", "", "--dry-run"]
 
 
 def environment(folder: Path, nodes: int, extra: str = "") -> dict[str, str]:
