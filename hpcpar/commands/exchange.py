@@ -17,7 +17,6 @@ def commands() -> list[Command]:
         Command("ckpt export", "write a set as a Hugging Face folder (GPT-2 or Llama, safetensors)", _export, [
             ("path", {"type": Path, "metavar": "RUN|SET", "help": "a run folder (its newest set), or a set"}),
             ("out", {"type": Path, "metavar": "DIR", "help": "the folder to make"}),
-            ("--dtype", {"choices": ("fp32", "bf16", "fp16"), "default": "fp32", "help": "of the weights (fp32)"}),
         ]),
         Command("ckpt import", "make step 0 of a run, and a job file, from a Hugging Face folder", _import, [
             ("source", {"type": Path, "metavar": "DIR", "help": "config.json, *.safetensors, tokenizer"}),
@@ -34,7 +33,7 @@ def _export(args: argparse.Namespace, words: Words, surroundings: Surroundings) 
     path = args.path if (args.path / MANIFEST).exists() else latest_set(RunFolder(args.path).checkpoints)
     if path is None:
         raise UserError(str(args.path), "has no published checkpoint", "give a run folder or a set (step-00000100)")
-    print(export_set(path, args.out, args.dtype))
+    print(export_set(path, args.out))
     return 0
 
 

@@ -91,7 +91,6 @@ class Stability:
     """What protects the weights from a bad step, beyond skipping those that are not finite."""
 
     spike: float = option(0.0, "robust z-score of loss or gradient norm above which a step is bad; 0 = none", 0)
-    window: int = option(64, "updates that a step is held against", 4)
     on_spike: Literal["skip", "rollback"] = option("skip", "leave the update out, or return to the last checkpoint "
                                                            "and leave the bad samples out")
     check_replicas_every: int = option(100, "steps between comparisons of replicated weights; 0 = never", 0)
@@ -125,9 +124,8 @@ class Checkpoint:
 class Health:
     """When a rank that gives no sign of life is taken for stuck, by what it is doing."""
 
-    step_limit_s: float = option(300.0, "seconds without progress inside a step", 1)
-    start_limit_s: float = option(1800.0, "the same while starting and in the first step, which may compile", 1)
-    save_limit_s: float = option(1800.0, "the same while saving, validating and finishing", 1)
+    step_limit_s: float = option(300.0, "seconds without progress inside a step; six times as long while starting, in "
+                                        "the first step, saving, validating, finishing", 1)
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,6 @@ class Submit:
     constraint: str = option("", "features that a node must have (sbatch --constraint)")
     gres: str = option("", "how the cluster calls its GPUs, such as gpu:a100; default: --gpus-per-node")
     container: str = option("", "words before python3 on every rank, such as apptainer exec --nv IMAGE")
-    max_walltime_min: int | None = option(None, "longest time limit that the cluster gives; default: ask Slurm", 1)
     stage_env: str = option("", "a folder on every node's own disk (shell variables allowed) to unpack the Python "
                                 "environment in before the run; default: Python starts from where it is")
     elastic: bool = option(False, "take fewer nodes where some are missing, at a smaller dp")

@@ -86,13 +86,12 @@ def measured_step_s(folder: RunFolder) -> float | None:
 def _check_partition(job: Job) -> list[str]:
     """Hold the request against what Slurm says of the partition; sbatch itself takes jobs that can never start."""
     wish, spec = job.submit, submit_spec(job, "")
-    limit = wish.max_walltime_min
     known = ask.partitions()
     name = wish.partition or next((n for n, f in (known or {}).items() if f.get("Default") == "YES"), "")
     if known is not None and name and name not in known:
         raise UserError("submit.partition", f"{name} is not a partition here", did_you_mean(name, known))
     found = ask.partition(known[name]) if known and name else None
-    limit = limit or (found.max_minutes if found else None)
+    limit = found.max_minutes if found else None
     if limit is not None and wish.walltime_min > limit:
         raise UserError("submit.walltime_min", f"{wish.walltime_min} minutes, but {name or 'the cluster'} gives "
                         f"{limit}", f"write walltime_min = {limit}: the run goes on by itself in the next job")

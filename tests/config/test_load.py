@@ -32,13 +32,13 @@ UNUSUAL: dict[str, dict[str, Any]] = {
              "validate_samples": 7},
     "checkpoint": {"every": "auto", "keep": 0, "keep_every": 90, "asynchronous": False, "ranks_per_file": 4,
                    "compression": "blosc2-lz4"},
-    "stability": {"spike": 8.0, "window": 20, "on_spike": "rollback", "check_replicas_every": 7},
-    "health": {"step_limit_s": 2.5, "start_limit_s": 3.5, "save_limit_s": 4.5},
+    "stability": {"spike": 8.0, "on_spike": "rollback", "check_replicas_every": 7},
+    "health": {"step_limit_s": 2.5},
     "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4, "mtbf_h": 77.5},
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
                "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'"), "constraint": "ib&a100",
                "price_per_gpu_hour": 2.5,
-               "gres": "gpu:a100", "container": "apptainer exec a.sif", "max_walltime_min": 60, "stage_env": "/scratch",
+               "gres": "gpu:a100", "container": "apptainer exec a.sif", "stage_env": "/scratch",
                "elastic": True, "retries": 0},
 }
 
@@ -231,6 +231,7 @@ def test_the_least_legal_value_is_legal_and_what_lies_below_is_not(table: str, f
 
 
 def test_there_are_at_most_100_options_in_all() -> None:
+    """A flag of several commands counts once, and so does one that stands for an option of the job file."""
     def flags(parser: argparse.ArgumentParser) -> list[str]:
         found = []
         for action in parser._actions:
@@ -243,7 +244,8 @@ def test_there_are_at_most_100_options_in_all() -> None:
 
     command_line = flags(_parser())
     assert "train --run" in command_line and "data build --out" in command_line
-    assert len(FIELDS) + len(command_line) <= 100
+    own = {flag.rpartition(" ")[2] for flag in command_line} - {f"--{f.name}" for _, f in FIELDS}
+    assert len(FIELDS) + len(own) <= 100
 
 
 def test_every_option_is_listed_with_its_meaning() -> None:

@@ -55,11 +55,6 @@ def test_the_time_limit_that_is_named_would_do(folder):
     assert "starts of" in check(job(walltime_min=minutes), folder)[0]
 
 
-def test_the_cluster_profiles_own_limit(folder):
-    with pytest.raises(UserError, match="120 minutes, but the cluster gives 90; write walltime_min = 90"):
-        check(job(walltime_min=120, max_walltime_min=90), folder)
-
-
 @pytest.mark.parametrize("line", ["export HF_TOKEN=hf_x", "WANDB_API_KEY='abc' true", "export DB_PASSWORD=x"])
 def test_a_secret_in_the_job_is_refused(folder, line):
     with pytest.raises(UserError, match="would be kept in the run folder"):
