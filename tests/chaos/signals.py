@@ -34,9 +34,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 def campaign(world: World, place: Path, seeds: range) -> Counter[str]:
     """Interrupt one run a seed and let it go on; return how often what was seen. Every rank must call."""
     job = resolve(make_job(place / "store", layout={"tp": 2, "pp": 2}, train={"steps": 12}), world.size)
-    start = time.monotonic()
     train_once(world, job, RunFolder(place / "whole"))
-    whole, length_s = curve(place / "whole"), time.monotonic() - start
+    whole = curve(place / "whole")
+    length_s = sum(line.get("step_s", 0.0) for line in read_metrics(place / "whole/metrics.jsonl"))
     seen: Counter[str] = Counter()
     for seed in seeds:
         rng = np.random.default_rng(seed)
