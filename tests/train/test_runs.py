@@ -88,7 +88,7 @@ def test_tasks_that_mpi_does_not_see_end_with_a_hint(place):
 
 
 def test_parity_of_a_users_own_job(place):
-    done = hpcpar("parity", "--layout.tp", "2", place / "job.toml", "--layout.pp", "2", "--steps", "3",
+    done = hpcpar("parity", "--layout.tp", "2", place / "job.toml", "--layout.pp", "2", "3",
                   "--train.precision=fp64", ranks=4)
     assert done.returncode == 0 and "equal within 1e-10" in done.stdout, done.stderr
 
