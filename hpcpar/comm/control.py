@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from hpcpar.comm.mpi_patience import Patience
 from hpcpar.comm.recorder import Recorder
 
 
@@ -64,6 +66,7 @@ class OverMPI:
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
         self.recorder: Recorder | None = None
+        self._patience = Patience()
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order."""
@@ -87,12 +90,18 @@ class OverMPI:
         with self._recorded("barrier"):
             self._communicator.Barrier()
 
+    def _arrive(self) -> None:
+        """Wait for the others asleep: MPI's own blocking calls spin, on cores that a late rank may need."""
+        self._patience.wait(self._communicator.Ibarrier().Test, math.inf, message=True)
+
     @contextmanager
     def _recorded(self, operation: str) -> Iterator[None]:
         if self.recorder is None:
+            self._arrive()
             yield
             return
         number = self.recorder.begin(self.recorder.group("control", range(self.size)), operation, 0)
         self.recorder.wait(number)
+        self._arrive()
         yield
         self.recorder.end(number)  # not after an error: the call in which it came stays open

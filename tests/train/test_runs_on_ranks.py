@@ -166,7 +166,7 @@ def test_endless_nans_end_the_run_alike(world, store, folder, monkeypatch):
 def test_another_model_seed_or_text_is_refused_at_resume(world, store, folder):
     run_once(world, make_job(store, train={"steps": 1}), folder)
     for tables, field in (({"model": {"hidden": 64}}, "model.hidden"), ({"train": {"seed": 2}}, "train.seed"),
-                          ({"data": {"validation": 0.2}}, "data.store")):
+                          ({"data": {"validation": 0.2}}, "data.validation")):
         with pytest.raises(UserError, match=field):
             run_once(world, make_job(store, **tables), folder)
 
@@ -197,10 +197,10 @@ def test_asynchronous_sets_are_those_of_synchronous_saves(world, store, folder, 
         done, run = run_once(world, job, one)
         assert done and run.saves.saved_step == 6
         assert figures(one, "save_bytes").keys() == {2, 4, 6}
-        found.append([[file for file in verify_set(path).files if file.boxes]
-                      for path in published_sets(one.checkpoints)])
+        found.append([[(file.boxes, (path / file.name).read_bytes()[file.start:])
+                       for file in verify_set(path).files if file.boxes] for path in published_sets(one.checkpoints)])
         world.control.barrier()
-    assert len(found[0]) == 3 and found[0] == found[1]  # sizes, checksums, boxes
+    assert len(found[0]) == 3 and found[0] == found[1]  # libhdf5 leaves some bytes of its own to chance
 
 
 def test_all_ranks_agree_on_an_automatic_interval(world, store, folder):
