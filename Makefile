@@ -17,10 +17,10 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: help demo test check test-one test-ranks parity-all chaos-checkpoint damage-checkpoint bench chaos clean
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*##.*/\1/p' Makefile)
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 demo: $(DEMO_READY)  ## train a 10M GPT on the Python library's text at tp 2 x pp 2 x dp 2, stop, resume at dp 4, look
 	BIN=$(abspath $(BIN)) bash jobs/demo.sh
@@ -51,12 +51,30 @@ chaos-checkpoint: $(TEST_READY)  ## 300 kill -9 of ranks and launchers that save
 damage-checkpoint: $(TEST_READY)  ## 1000 damages of a checkpoint set, each reported with file and tensors (a minute)
 	$(BIN)python -m tests.checkpoint.damage
 
+plan-random: $(TEST_READY)  ## 10,000 random jobs: refused by rule, or they build a layout and a plan
+	$(BIN)python -m tests.planner.random_jobs 10000
+
+plan-accuracy: $(TEST_READY)  ## the planner beside published measurements, and each source left out of the calibration
+	$(BIN)python benchmarks/planner_accuracy.py --leave-one-out
+
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py
 
 chaos: $(TEST_READY)  ## all hangs, then 200 seeds of faults at random moments on 8 ranks (hours; CHAOS="--seeds 0:16" for some)
 	HPCPAR_CHAOS=1 $(BIN)python -m pytest -q tests/chaos/test_hangs.py
 	$(BIN)python -m tests.chaos.campaign --out runs/chaos.jsonl $(CHAOS)
+
+test-slurm: $(TEST_READY)  ## all tests on a real Slurm, real training among them (root; about 15 minutes)
+	$(BIN)python -m pytest -q -m slurm tests/slurm
+
+test-slurm-266: $(TEST_READY)  ## the Yuan job on 266 slurmd of this machine, and accepted at 1024 nodes (root, 8 GiB)
+	$(BIN)python -m tests.slurm.many_nodes
+
+signals: $(TEST_READY)  ## a signal to one of 4 ranks at a random moment, 200 seeds
+	$(BIN)mpirun -n 4 $(BIN)python -m tests.chaos.signals 200
+
+many-jobs: $(TEST_READY)  ## 20 jobs at once on this machine: no port clashes
+	$(BIN)python -m tests.chaos.many_jobs 20
 
 clean:  ## remove the environment and what the demo made
 	rm -rf .venv .venv-openmpi runs stores

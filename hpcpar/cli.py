@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from hpcpar.commands import ckpt, data, health, run, submit
+from hpcpar.commands import ckpt, data, exchange, health, plan, rehearse, run, submit
 from hpcpar.commands.command import Command, Words
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import HpcparError, UserError
 
-ROOMS = (run, ckpt, submit, health, data)  # the order of the commands in --help
+ROOMS = (plan, rehearse, run, ckpt, exchange, submit, health, data)  # the order of the commands in --help
 GROUPS = MappingProxyType({"data": "build a token store, or show one",
-                           "ckpt": "look at checkpoint sets, verify, compare, prune them"})
+                           "ckpt": "look at checkpoint sets, verify, compare, prune, exchange them"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             time.sleep(1)  # a launcher that ends the others at the first exit would swallow rank 0's line
         return error.exit_code
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _split(argv: Sequence[str]) -> tuple[Words, Words]:

@@ -24,6 +24,10 @@ class UserError(HpcparError):
         self.where, self.rule, self.fix = where, rule, fix
         super().__init__(f"{where}: {rule}" + (f"; {fix}" if fix else ""))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        """Let it travel between ranks: the three words, not the sentence made of them."""
+        return type(self), (self.where, self.rule, self.fix)
+
 
 class RunError(HpcparError):
     """A run failed for a reason that is not the user's input (exit code 3, failure.json)."""

@@ -30,7 +30,7 @@ say "4. pictures of the loss and of the pipeline as it was measured"
 hpcpar show $run --plot
 
 say "5. what it has learned"
-hpcpar generate $run --prompt $'def read(self, size):\n    """Return' --tokens 80
+hpcpar generate $run $'def read(self, size):\n    """Return' --tokens 80
 python - <<'END'
 import json, math
 lines = [json.loads(text) for text in open("runs/demo/metrics.jsonl")]

@@ -123,6 +123,25 @@ def test_show_prints_the_job_its_parameters_and_stages(capsys: pytest.CaptureFix
     assert "dp = 1" in lines and "kv_heads = 8" in lines
 
 
+def test_show_draws_pipelines_that_are_on_paper_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(DEMO), "--schedule", "pipedream"]) == 0
+    out = capsys.readouterr().out
+    assert "stage 0  keeps 2 versions of its weights; gradients are 1 behind" in out
+    assert "on paper only" in out
+    said = refused(capsys, "show", str(DEMO), "--layout.schedule", "pipedream")
+    assert "it is on paper only, no rank plays it" in said
+
+
+def test_a_table_of_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.csv").write_text("0F0,0F1,0B0,0F2,0B1,0F3,0B2,0B3\n1F0,1B0,1F1,1B1,1F2,1B2,1F3,1B3\n")
+    wish = ["show", str(DEMO), "--schedule", "--layout.schedule", "table", "--layout.table", "mine.csv"]
+    assert main(wish) == 0
+    assert "stage 0  F0 F1 .. B0 F2 B1 F3 B2 .. B3" in capsys.readouterr().out
+    Path("mine.csv").write_text("0F0,0B0,0F1,0B1,0F2,0B2,0F3,0B3\n1F1,1B1,1F0,1B0,1F2,1B2,1F3,1B3\n")
+    said = refused(capsys, *wish)
+    assert "layout.table: cannot be played: schedule deadlocks: rank 0 at 0B0 for 1I0, rank 1 at 1F1 for 0F1" in said
+
+
 def test_show_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(DEMO), "--layout.pp", "4", "--layout.tp=1"]) == 0
     assert "4 = pp 4 x dp 1 x tp 1" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hpcpar.checkpoint.format import read_manifest
-from hpcpar.checkpoint.load import Array, load_kinds
+from hpcpar.checkpoint.load import Array, load_box
 from hpcpar.layout.boxes import Box, whole
 
 CHUNK_ELEMENTS = 1 << 20  # of every kind of both sets in memory at once
@@ -54,7 +54,7 @@ def compare_sets(first: Path, second: Path) -> Iterator[Difference]:
             else:
                 worst[kind] = Difference(kind, name, "", numel=math.prod(shapes[0]))
         for box in chunks(whole(one.tensors[name])) if worst else ():
-            a, b = (load_kinds(path, m, name, box, worst) for path, m in ((first, one), (second, other)))
+            a, b = (load_box(path, m, name, box, worst) for path, m in ((first, one), (second, other)))
             for kind, found in worst.items():
                 worst[kind] = _worse(found, a[kind], b[kind], box)
         yield from (found for found in worst.values() if found.num_differing)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from hpcpar.errors import CheckpointError
@@ -28,7 +29,11 @@ INDEX = "model.h5"
 WEIGHT = "weight"
 # model.h5 keeps the weights at its root; nothing else there may begin with this name
 OPTIMIZER = "optimizer"
-DTYPES = ("float32", "float64")
+# what a tensor may consist of; numpy has no bfloat16, so that its bits travel as uint16
+BFLOAT16 = "bfloat16"
+DTYPES = ("float32", "float64", BFLOAT16, "float16", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32",
+          "uint64", "bool")
+COMPRESSIONS = ("none", "blosc2-zstd", "blosc2-lz4")
 _HEAD, _DIGITS = b'{"checksum": "', 32
 _START = b'",\n"format": "hpcpar-checkpoint",\n"version": %d,\n' % FORMAT_VERSION
 
@@ -56,13 +61,18 @@ def shard_name(number: int) -> str:
 
 def dataset_path(kind: str, tensor: str, box: Box) -> str:
     """Return a box's dataset in a shard file: exp_avg/layers/17/attention/q/weight/0_1024."""
-    return f"{kind}/{tensor.replace('.', '/')}/{'_'.join(map(str, box.offset))}"
+    return f"{kind}/{tensor.replace('.', '/')}/{'_'.join(map(str, box.offset)) or 'scalar'}"
 
 
 def index_path(kind: str, tensor: str) -> str:
     """Return a tensor's dataset in model.h5: layers/17/attention/q/weight, moments under optimizer/<kind>/."""
     path = tensor.replace(".", "/")
     return path if kind == WEIGHT else f"{OPTIMIZER}/{kind}/{path}"
+
+
+def bits_of(dtype: str) -> np.dtype[Any]:
+    """Return the numpy dtype that holds the bits of a stored dtype."""
+    return np.dtype("uint16" if dtype == BFLOAT16 else dtype)
 
 
 class StoredBox(NamedTuple):
@@ -74,34 +84,59 @@ class StoredBox(NamedTuple):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a set: size in bytes, xxh3_128 of all its bytes (32 hex digits), who wrote it, what is in it."""
+    """One file of a set: size in bytes, xxh3_128 of all its bytes (32 hex digits), who wrote it, what is in it.
+
+    From byte `start` on lie the values: kind by kind in the manifest's order, box by box in this entry's, nothing
+    between. None: they are compressed (or written before `start` was kept), and only HDF5 finds them.
+    """
 
     name: str
     size: int
     checksum: str
     ranks: tuple[int, ...] = ()
     boxes: tuple[StoredBox, ...] = ()
+    start: int | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in a set. `kinds` gives each kind's dtype, `tensors` each logical tensor's shape."""
+    """What is in a set. `kinds` gives each kind's dtype, `tensors` each logical tensor's shape.
+
+    `dtypes` holds the tensors that have a dtype of their own (a torch.distributed.checkpoint save can mix them).
+    """
 
     step: int
     kinds: Mapping[str, str]
     tensors: Mapping[str, tuple[int, ...]]
     files: tuple[FileEntry, ...]
     state: Mapping[str, Any]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    compression: str = "none"
+
+    def dtype(self, kind: str, tensor: str) -> str:
+        """Return what a tensor consists of in a kind."""
+        return self.dtypes.get(tensor, self.kinds[kind])
+
+    def places(self, file: FileEntry) -> Iterator[tuple[int, int, str, StoredBox]]:
+        """Yield (first byte in the file, bytes, kind, box) of all values in a file with a `start`, in file order."""
+        assert file.start is not None, file.name
+        at = file.start
+        for kind in self.kinds:
+            for stored in file.boxes:
+                num_bytes = stored.box.numel * bits_of(self.dtype(kind, stored.tensor)).itemsize
+                yield at, num_bytes, kind, stored
+                at += num_bytes
 
     def to_bytes(self) -> bytes:
         """Return the bytes of manifest.json: JSON whose first value is the checksum of all bytes after that value."""
         numbers = {name: number for number, name in enumerate(self.tensors)}
-        files = [{"name": f.name, "size": f.size, "checksum": f.checksum, "ranks": f.ranks,
+        files = [{"name": f.name, "size": f.size, "checksum": f.checksum, "start": f.start, "ranks": f.ranks,
                   "boxes": [(numbers[b.tensor], b.box.offset, b.box.size) for b in f.boxes]} for f in self.files]
+        tensors = [(n, s, self.dtypes[n]) if n in self.dtypes else (n, s) for n, s in self.tensors.items()]
         # the tables have a line an entry, so that people can read them and diff them
-        rest = (f'{_START.decode()}"step": {self.step},\n'
+        rest = (f'{_START.decode()}"step": {self.step},\n"compression": "{self.compression}",\n'
                 f'"kinds": {_json(dict(self.kinds))},\n"state": {_json(dict(self.state))},\n'
-                f'"tensors": {_lines(list(self.tensors.items()))},\n"files": {_lines(files)}}}\n').encode()
+                f'"tensors": {_lines(tensors)},\n"files": {_lines(files)}}}\n').encode()
         return _HEAD + xxhash.xxh3_128_hexdigest(rest).encode() + rest
 
     @classmethod
@@ -156,14 +191,22 @@ def _require(holds: bool, why: str) -> None:
 
 
 def _parsed(content: dict[str, Any]) -> Manifest:
-    tensors = {_name(name): _numbers(shape) for name, shape in content["tensors"]}
+    tensors = {_name(name): _numbers(shape) for name, shape, *_ in content["tensors"]}
+    dtypes = {name: own[0] for name, _, *own in content["tensors"] if own}
     _require(len(tensors) == len(content["tensors"]), "a tensor is listed twice")
     kinds = {_name(kind): dtype for kind, dtype in content["kinds"].items()}
-    _require(all(dtype in DTYPES for dtype in kinds.values()), f"kinds {kinds}: dtypes must be of {DTYPES}")
+    for name, dtype in (*kinds.items(), *dtypes.items()):
+        _require(dtype in DTYPES, f"{name} consists of {dtype!r}, must be one of {DTYPES}")
     files = tuple(_file(entry, list(tensors.items())) for entry in content["files"])
     _require(len({f.name for f in files}) == len(files), "a file is listed twice")
     _require(isinstance(content["state"], dict), "state is not a table")
-    return Manifest(_numbers([content["step"]])[0], kinds, tensors, files, content["state"])
+    found = Manifest(_numbers([content["step"]])[0], kinds, tensors, files, content["state"], dtypes,
+                     content.get("compression", "none"))
+    _require(found.compression in COMPRESSIONS, f"compression {found.compression!r}")
+    for file in files:
+        end = max((at + num_bytes for at, num_bytes, _, _ in found.places(file)), default=0) if file.start else 0
+        _require(end <= file.size, f"{file.name}: its values end at byte {end}, the file at {file.size}")
+    return found
 
 
 def _file(entry: dict[str, Any], tensors: list[tuple[str, tuple[int, ...]]]) -> FileEntry:
@@ -178,7 +221,9 @@ def _file(entry: dict[str, Any], tensors: list[tuple[str, tuple[int, ...]]]) -> 
         inside = len(offset) == len(size) == len(shape) and all(e <= s for e, s in zip(box.end, shape, strict=True))
         _require(inside and box.numel > 0, f"{name}: box {offset} {size} does not lie in {tensor or number} {shape}")
         boxes.append(StoredBox(tensor, box))
-    return FileEntry(name, _numbers([entry["size"]])[0], checksum, _numbers(entry["ranks"]), tuple(boxes))
+    size, start = _numbers([entry["size"]])[0], entry.get("start")
+    start = None if start is None else _numbers([start])[0]
+    return FileEntry(name, size, checksum, _numbers(entry["ranks"]), tuple(boxes), start)
 
 
 def _name(text: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpcpar.checkpoint.format import INDEX, FileEntry, Manifest, StoredBox, dataset_path, index_path
-from hpcpar.checkpoint.store import write_header
+from hpcpar.checkpoint.format import BFLOAT16, INDEX, FileEntry, Manifest, StoredBox, dataset_path, index_path
+from hpcpar.checkpoint.store import hdf5_type, write_header
 
 
 def write_index(folder: Path, manifest: Manifest) -> FileEntry:
@@ -23,9 +23,9 @@ def write_index(folder: Path, manifest: Manifest) -> FileEntry:
 
     def build(hdf5: h5py.File) -> None:
         hdf5.attrs["step"] = manifest.step
-        for kind, dtype in manifest.kinds.items():
+        for kind in manifest.kinds:
             for tensor, sources in boxes.items():
-                _virtual(hdf5, kind, dtype, manifest.tensors[tensor], tensor, sources)
+                _virtual(hdf5, kind, manifest.dtype(kind, tensor), manifest.tensors[tensor], tensor, sources)
 
     return write_header(folder / INDEX, build)
 
@@ -35,15 +35,19 @@ def _virtual(hdf5: h5py.File, kind: str, dtype: str, shape: tuple[int, ...], ten
     """Map a tensor's boxes. Low-level calls: h5py's VirtualLayout costs five times as much a box."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     # HDF5 reads a missing source as the fill value, without an error: let it at least be seen
-    properties.set_fill_value(np.array(np.nan, dtype=dtype))
-    space = h5py.h5s.create_simple(shape)
+    if dtype == BFLOAT16 or np.dtype(dtype).kind == "f":
+        properties.set_fill_value(np.array(np.nan, dtype="float32" if dtype == BFLOAT16 else dtype))
+    # a virtual dataset has at least one dim: a tensor without any becomes [1]
+    space = h5py.h5s.create_simple(shape or (1,))
     for file_name, (_, box) in sources:
-        space.select_hyperslab(box.offset, (1,) * len(shape), block=box.size)
-        source = h5py.h5s.create_simple(box.size)
+        if shape:
+            space.select_hyperslab(box.offset, (1,) * len(shape), block=box.size)
+        source = h5py.h5s.create_simple(box.size) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
         path = dataset_path(kind, tensor, box)
         properties.set_virtual(space, file_name.encode(), path.encode(), source)
     space.select_all()
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
-    stored = h5py.h5t.py_create(np.dtype(dtype), logical=True)
-    h5py.h5d.create(hdf5.id, index_path(kind, tensor).encode(), stored, space, properties, links)
+    made = h5py.h5d.create(hdf5.id, index_path(kind, tensor).encode(), hdf5_type(dtype), space, properties, links)
+    if dtype == BFLOAT16:
+        h5py.Dataset(made).attrs["dtype"] = BFLOAT16

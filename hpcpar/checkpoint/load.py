@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hpcpar.checkpoint.format import WEIGHT, Manifest, dataset_path, read_manifest
-from hpcpar.checkpoint.store import open_hdf5
-from hpcpar.checkpoint.verify import verify_set
-from hpcpar.errors import CheckpointError, did_you_mean
+from hpcpar.checkpoint.format import BFLOAT16, WEIGHT, Manifest, bits_of, read_manifest
+from hpcpar.checkpoint.read import Read, Wanted, read_verified, read_wanted
+from hpcpar.comm.control import Control
+from hpcpar.errors import CheckpointError, HpcparError, did_you_mean
 from hpcpar.layout.boxes import Box, whole
 from hpcpar.layout.layout import Layout
 from hpcpar.units import format_bytes
@@ -22,33 +21,53 @@ Array = np.ndarray[Any, Any]
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A box to be read, and where to: an array of the box's shape for every kind."""
-
-    tensor: str
-    box: Box
-    into: Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class Read:
-    """The part of one stored box that goes into one wanted box."""
-
-    stored: Box
-    common: Box
-    wanted: Wanted
-
-
 def load_shards(path: Path, layout: Layout, global_rank: int, dtype: np.dtype[Any] | type | str,
                 verify: bool = True) -> dict[str, list[Array]]:
     """Return a rank's flat owned shards under `layout`, whatever layout saved them: shards[kind][bucket], `dtype`.
 
-    Padding is zero. The files read are verified first, unless `verify` is off because `verify_together` has done so.
+    Padding is zero. The files are verified while they are read, unless `verify` is off because that is done.
     Raises: CheckpointError naming the tensor if one is missing, extra, of another shape, or not covered exactly.
-    Cost: reads the rank's own bytes (logged), each file opened once; memory: the shards and a MiB.
+    Cost: reads whole files, or with `verify` off the rank's own bytes (logged); memory: the shards and a few MiB.
     """
     manifest = read_manifest(path)
+    shards, wanted = _empty_shards(path, manifest, layout, global_rank, dtype)
+    _fill(path, manifest, wanted, verify)
+    return shards
+
+
+def load_together(path: Path, layout: Layout, control: Control,
+                  dtype: np.dtype[Any] | type | str) -> dict[str, list[Array]]:
+    """Return every rank's shards as `load_shards` does, and verify the whole set. Every rank must call.
+
+    Each rank verifies a share of the files, those that it reads whole under the layout that saved them: then every
+    byte is read once. Raises: CheckpointError, the same on all ranks, with every bad file and the tensors in it.
+    """
+    shards: dict[str, list[Array]] = {}
+    why = ""
+    try:
+        manifest = read_manifest(path)
+        shards, wanted = _empty_shards(path, manifest, layout, control.rank, dtype)
+        _fill(path, manifest, wanted, share_of(manifest, control.rank, control.size))
+    except HpcparError as error:  # whatever it is: not to answer would leave the others waiting
+        why = str(error)
+    reasons = sorted({reason for reason in control.all_gather(why) if reason})
+    if reasons:
+        raise CheckpointError("; ".join(reasons))
+    return shards
+
+
+def share_of(manifest: Manifest, rank: int, num_ranks: int) -> set[str]:
+    """Name the files that a rank verifies: file n is that of rank n, or of the first of the ranks that wrote it."""
+    names = [file.name for file in manifest.files if file.boxes]
+    few = len(names) < num_ranks
+    mine = {name for n, name in enumerate(names)
+            if (n * num_ranks // len(names) if few else n % num_ranks) == rank}
+    return mine | ({file.name for file in manifest.files if not file.boxes} if rank == 0 else set())
+
+
+def _empty_shards(path: Path, manifest: Manifest, layout: Layout, global_rank: int,
+                  dtype: np.dtype[Any] | type | str) -> tuple[dict[str, list[Array]], list[Wanted]]:
+    """Make a rank's shards, and list what goes where in them."""
     check_tensors(manifest, layout, path)
     at = layout.mesh.coordinates(global_rank)
     buckets = layout.buckets(at.pp_rank, at.tp_rank)
@@ -57,25 +76,27 @@ def load_shards(path: Path, layout: Layout, global_rank: int, dtype: np.dtype[An
     wanted = [Wanted(p.parameter.name, p.box,
                      {kind: flats[p.bucket][p.start : p.start + p.box.numel].reshape(p.box.size)
                       for kind, flats in shards.items()}) for p in layout.held_pieces(global_rank)]
-    _fill(path, manifest, wanted, verify)
-    return shards
+    return shards, wanted
 
 
 def load_tensor(path: Path, name: str, kind: str = WEIGHT, verify: bool = True) -> Array:
-    """Return one logical tensor whole, in the dtype it was stored in. Raises: CheckpointError."""
+    """Return one logical tensor whole, in its stored dtype (bfloat16: as float32). Raises: CheckpointError."""
     manifest = read_manifest(path)
     for word, known in ((name, manifest.tensors), (kind, manifest.kinds)):
         if word not in known:
             raise CheckpointError(f"{path}: has no {word}; {did_you_mean(word, known)}")
-    array = np.zeros(manifest.tensors[name], manifest.kinds[kind])
-    _fill(path, manifest, [Wanted(name, whole(array.shape), {kind: array})], verify)
-    return array
+    return load_box(path, manifest, name, whole(manifest.tensors[name]), [kind], verify)[kind]
 
 
-def load_kinds(path: Path, manifest: Manifest, tensor: str, box: Box, kinds: Iterable[str]) -> dict[str, Array]:
-    """Return a part of a logical tensor, by kind, from a set that the caller has verified. Raises: CheckpointError."""
-    arrays = {kind: np.zeros(box.size, manifest.kinds[kind]) for kind in kinds}
-    _fill(path, manifest, [Wanted(tensor, box, arrays)], verify=False)
+def load_box(path: Path, manifest: Manifest, tensor: str, box: Box, kinds: Iterable[str],
+             verify: bool = False) -> dict[str, Array]:
+    """Return a part of a logical tensor, by kind (bfloat16: as float32). Raises: CheckpointError.
+
+    Without `verify` the caller has verified the set.
+    """
+    dtypes = {kind: manifest.dtype(kind, tensor) for kind in kinds}
+    arrays = {kind: np.zeros(box.size, "float32" if dtype == BFLOAT16 else dtype) for kind, dtype in dtypes.items()}
+    _fill(path, manifest, [Wanted(tensor, box, arrays)], verify)
     return arrays
 
 
@@ -124,32 +145,21 @@ def _check_cover(want: Wanted, parts: list[Box]) -> None:
         raise CheckpointError(f"{want.tensor}: its part {list(want.box.offset)}+{list(want.box.size)} has {what}")
 
 
-def _fill(path: Path, manifest: Manifest, wanted: Sequence[Wanted], verify: bool) -> None:
-    """Read every wanted box, and log how much that took."""
+def _fill(path: Path, manifest: Manifest, wanted: Sequence[Wanted], verify: bool | set[str]) -> None:
+    """Read every wanted box, verify what is read (or the files named), and log how much that took."""
     plan = plan_reads(manifest, wanted)
-    if verify:
-        verify_set(path, plan)
-    num_bytes = sum(_read_file(path / name, manifest, reads) for name, reads in plan.items())
-    own = sum(np.dtype(manifest.kinds[kind]).itemsize * array.size for want in wanted
+    checked = set(plan) if verify is True else verify or set()
+    num_bytes, bad = 0, []
+    for entry in manifest.files:
+        if entry.name in checked or entry.name in plan:
+            read = read_verified if entry.name in checked else read_wanted
+            try:
+                num_bytes += read(path, manifest, entry, plan.get(entry.name, []))
+            except CheckpointError as error:
+                bad.append(str(error))
+    if bad:
+        raise CheckpointError("; ".join(bad))
+    own = sum(bits_of(manifest.dtype(kind, want.tensor)).itemsize * array.size for want in wanted
               for kind, array in want.into.items())
     _logger.info("read %s (%.2f of the %s wanted) from %d files of %s", format_bytes(num_bytes),
                  num_bytes / max(1, own), format_bytes(own), len(plan), path.name)
-
-
-def _read_file(path: Path, manifest: Manifest, reads: Iterable[Read]) -> int:
-    """Read one file's hyperslabs into place; return the bytes."""
-    num_bytes, name = 0, ""
-    try:
-        with open_hdf5(path) as file:
-            for read in reads:
-                for kind, array in read.wanted.into.items():
-                    name = dataset_path(kind, read.wanted.tensor, read.stored)
-                    stored = file[name]
-                    if stored.shape != read.stored.size or stored.dtype != manifest.kinds[kind]:
-                        raise CheckpointError(f"{path}: {name} is {stored.dtype} {stored.shape}, the manifest says "
-                                              f"{manifest.kinds[kind]} {read.stored.size}")
-                    stored.read_direct(array, read.common.slices(read.stored), read.common.slices(read.wanted.box))
-                    num_bytes += read.common.numel * stored.dtype.itemsize
-    except (OSError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: {name}: {error}") from error
-    return num_bytes

@@ -22,6 +22,7 @@ import numpy as np
 from hpcpar.checkpoint.format import (
     INDEX,
     MANIFEST,
+    WEIGHT,
     FileEntry,
     Manifest,
     StoredBox,
@@ -31,9 +32,9 @@ from hpcpar.checkpoint.format import (
     side_name,
     step_of,
 )
-from hpcpar.checkpoint.index import write_index
+from hpcpar.checkpoint.publish import complete, take_name
 from hpcpar.checkpoint.retention import retire
-from hpcpar.checkpoint.store import Dataset, checksum_file, fill_file, sync_folder, write_bytes, write_file
+from hpcpar.checkpoint.store import Dataset, checksum_file, fill_file, sync_folder, write_file
 from hpcpar.comm.control import Control
 from hpcpar.errors import CheckpointError
 from hpcpar.layout.buckets import Piece
@@ -53,6 +54,7 @@ class Saving(NamedTuple):
     ranks_per_file: int = 1
     keep: int = 0
     keep_every: int = 0
+    compression: str = "none"
 
 
 class Published(NamedTuple):
@@ -75,7 +77,8 @@ class Worker(Protocol):
 
 
 def save_set(checkpoints: Path, step: int, layout: Layout, global_rank: int, control: Control, shards: Shards,
-             state: Mapping[str, Any], ranks_per_file: int = 1, keep: int = 0, keep_every: int = 0) -> Path:
+             state: Mapping[str, Any], ranks_per_file: int = 1, keep: int = 0, keep_every: int = 0,
+             compression: str = "none") -> Path:
     """Write and publish the set of a step; return its folder. Every rank must call.
 
     `shards[kind][bucket]` is this rank's flat owned shard, [bucket.numel / num_shards], float32 or float64; the
@@ -85,7 +88,7 @@ def save_set(checkpoints: Path, step: int, layout: Layout, global_rank: int, con
     Raises: CheckpointError, the same on all ranks, if any fails; older sets stay, nothing is left behind.
     Cost: own bytes written and synced once; ranks_per_file + 2 small all-gathers.
     """
-    saving = Saving(checkpoints, layout, ranks_per_file, keep, keep_every)
+    saving = Saving(checkpoints, layout, ranks_per_file, keep, keep_every, compression)
     return save_now(saving, step, global_rank, control, shards, state).path
 
 
@@ -122,16 +125,16 @@ def save_phases(saving: Saving, step: int, state: Mapping[str, Any], control: Co
         worker.ask("write", folder=str(folder), turn=turn)
         yield None
         answers = together(worker.answer)
-        entries += [FileEntry(*answer["entry"]) for answer in answers if answer["entry"]]
+        entries += [FileEntry(**answer["entry"]) for answer in answers if answer["entry"]]
     kinds = [answer["kinds"] for answer in answers]
     if alone:
         worker.ask("complete", folder=str(folder), step=step, kinds=kinds, state=dict(state),
-                   entries=[(entry.name, entry.size, entry.checksum) for entry in entries])
+                   entries=[_told(entry) for entry in entries])
     yield None
 
     def publish() -> None:
         worker.answer()
-        _publish(folder, final, side_name(step, "old"))
+        take_name(folder, final)
 
     together(lambda: publish() if alone else None)
     if alone:
@@ -152,23 +155,20 @@ class Tasks:
 
     def write(self, folder: str, turn: int) -> dict[str, Any]:
         """Write this rank's boxes if it is its turn; answer with the file's entry if it was the last to write it."""
-        entry, kinds = _write_own(Path(folder), self._saving.layout, self._rank, self._shards,
-                                  self._saving.ranks_per_file, turn)
-        return {"entry": (entry.name, entry.size, entry.checksum) if entry else None, "kinds": kinds}
+        entry, kinds = _write_own(Path(folder), self._saving, self._rank, self._shards, turn)
+        return {"entry": _told(entry) if entry else None, "kinds": kinds}
 
     def complete(self, folder: str, step: int, kinds: list[dict[str, str]], state: dict[str, Any],
-                 entries: list[tuple[str, int, str]]) -> None:
+                 entries: list[dict[str, Any]]) -> None:
         """Add the index and the manifest, and sync the folder: only its name is missing then."""
         unlike = [rank for rank, found in enumerate(kinds) if found != kinds[0]]
         if unlike:
             raise ValueError(f"rank {unlike[0]} has kinds {kinds[unlike[0]]}, rank 0 has {kinds[0]}")
-        files = [FileEntry(*entry) for entry in entries]
-        manifest = _manifest(step, self._saving.layout, self._saving.ranks_per_file, kinds[0], files, state)
+        files = [FileEntry(**entry) for entry in entries]
+        manifest = _manifest(step, self._saving, kinds[0], files, state)
         for name in (INDEX, MANIFEST):
             (Path(folder) / name).unlink(missing_ok=True)  # of a worker that died here and was replaced
-        index = write_index(Path(folder), manifest)
-        write_bytes(Path(folder) / MANIFEST, replace(manifest, files=(*manifest.files, index)).to_bytes())
-        sync_folder(Path(folder))
+        complete(Path(folder), manifest)
 
     def settle(self, step: int) -> None:
         """Make the new name survive a power cut; only then delete what it replaces."""
@@ -238,17 +238,24 @@ def _prepare(checkpoints: Path, folder: Path) -> None:
         if step_of(name) is None:
             continue
         if what == "old" and not (checkpoints / name).exists():
-            left.rename(checkpoints / name)  # killed between the two renames of _publish
+            left.rename(checkpoints / name)  # killed between the two renames of take_name
         elif what in ("tmp", "old", "gone"):
             shutil.rmtree(left)
     folder.mkdir()
     sync_folder(checkpoints)
 
 
-def _write_own(folder: Path, layout: Layout, global_rank: int, shards: Shards, ranks_per_file: int,
+def _told(entry: FileEntry) -> dict[str, Any]:
+    """Return what only the writer knows of a file."""
+    return {"name": entry.name, "size": entry.size, "checksum": entry.checksum, "start": entry.start}
+
+
+def _write_own(folder: Path, saving: Saving, global_rank: int, shards: Shards,
                turn: int) -> tuple[FileEntry | None, dict[str, str]]:
     """Write this rank's boxes if it is its turn; return the file's entry if this rank was the last to write it."""
-    kinds = {kind: str(buckets[0].dtype) for kind, buckets in shards.items()}
+    layout, ranks_per_file = saving.layout, saving.ranks_per_file
+    order = sorted(shards, key=lambda kind: (kind != WEIGHT, kind))  # the same on all ranks: it places values in a file
+    kinds = {kind: str(shards[kind][0].dtype) for kind in order}
     number, place = divmod(global_rank, ranks_per_file)
     if place != turn:
         return None, kinds
@@ -260,18 +267,18 @@ def _write_own(folder: Path, layout: Layout, global_rank: int, shards: Shards, r
         return None, kinds
     arrays = _cut(layout, global_rank, pieces, shards)
     path = folder / shard_name(number)
+    datasets = [Dataset(dataset_path(kind, name, box), box.size, dtype, box.offset)
+                for kind, dtype in kinds.items() for boxes in plan.values() for name, box in boxes]
     if global_rank == writers[0]:
-        # rank by rank, then kind by kind: everyone's bytes lie together
-        datasets = [Dataset(dataset_path(kind, name, box), box.size, np.dtype(dtype), box.offset)
-                    for boxes in plan.values() for kind, dtype in kinds.items() for name, box in boxes]
         path.unlink(missing_ok=True)  # of a worker that died here and was replaced
-        entry = write_file(path, datasets, arrays)
+        entry = write_file(path, datasets, arrays, saving.compression)
+        start = entry.start
     else:
-        fill_file(path, arrays)
+        start = fill_file(path, datasets, arrays)
     if global_rank != writers[-1]:
         return None, kinds
     # the others' bytes are only on disk: the last writer reads them back
-    return entry if len(writers) == 1 else checksum_file(path), kinds
+    return entry if len(writers) == 1 else replace(checksum_file(path), start=start), kinds
 
 
 def _boxes(pieces: list[Piece]) -> tuple[StoredBox, ...]:
@@ -290,9 +297,10 @@ def _cut(layout: Layout, global_rank: int, pieces: list[Piece], shards: Shards) 
             for kind, flats in shards.items() for p in pieces}
 
 
-def _manifest(step: int, layout: Layout, ranks_per_file: int, kinds: Mapping[str, str], entries: list[FileEntry],
+def _manifest(step: int, saving: Saving, kinds: Mapping[str, str], entries: list[FileEntry],
               state: Mapping[str, Any]) -> Manifest:
     """List the whole set; who wrote what follows from the layout."""
+    layout, ranks_per_file = saving.layout, saving.ranks_per_file
     size, files = layout.mesh.size, []
     by_name = {entry.name: entry for entry in entries}
     for number, first in enumerate(range(0, size, ranks_per_file)):
@@ -301,17 +309,5 @@ def _manifest(step: int, layout: Layout, ranks_per_file: int, kinds: Mapping[str
         if writers:
             files.append(replace(by_name[shard_name(number)], ranks=writers,
                                  boxes=tuple(box for found in boxes.values() for box in found)))
-    return Manifest(step, kinds, {p.name: p.shape for p in layout.table}, tuple(files), state)
-
-
-def _publish(folder: Path, final: Path, aside_name: str) -> None:
-    """Give the folder its name; a kill at any point leaves this set or the one before published."""
-    aside = final.with_name(aside_name)
-    if final.exists():
-        final.rename(aside)  # `published_sets` still counts it, until the new one has the name
-    try:
-        folder.rename(final)
-    except OSError:
-        if aside.exists():
-            aside.rename(final)
-        raise
+    return Manifest(step, kinds, {p.name: p.shape for p in layout.table}, tuple(files), state,
+                    compression=saving.compression)

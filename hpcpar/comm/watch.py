@@ -158,8 +158,8 @@ class Watch:
 
 def limits_by_phase(health: Health) -> dict[str, float]:
     """Return how long a rank may be without progress in each phase."""
-    start, step, save = health.start_limit_s, health.step_limit_s, health.save_limit_s
-    return {"start": start, "first step": start, "step": step, "validate": save, "save": save, "finish": save}
+    phases = ("start", "first step", "validate", "save", "finish")  # they compile, or depend on disks
+    return {"step": health.step_limit_s} | dict.fromkeys(phases, 6 * health.step_limit_s)
 
 
 def lifeline() -> int:

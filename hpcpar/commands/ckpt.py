@@ -37,7 +37,7 @@ def commands() -> list[Command]:
         Command("ckpt rewind", "make an older set the newest: verify it and move later sets aside", _rewind, [
             run, ("set", {"metavar": "SET", "help": "such as step-00000100"})]),
         Command("ckpt prune", "delete old sets, never the newest that is whole", _prune, [
-            run, ("--keep", {"type": int, "required": True, "metavar": "N", "help": "newest sets to keep"})]),
+            run, ("keep", {"type": int, "metavar": "KEEP", "help": "newest sets to keep"})]),
     ]
 
 
@@ -138,7 +138,7 @@ def _prune(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     from hpcpar.checkpoint.prune import prune
 
     if args.keep < 1:
-        raise UserError("--keep", f"is {args.keep}, must be at least 1", "write --keep 1")
+        raise UserError("KEEP", f"is {args.keep}, must be at least 1", "write 1")
     deleted, whole = prune(_checkpoints(args.run), args.keep)
     for path in deleted:
         print(f"deleted {path.name}")

@@ -18,8 +18,6 @@ def commands() -> list[Command]:
             ("--out", {"required": True, "type": Path, "metavar": "STORE", "help": "the store's folder"}),
             ("--vocab", {"type": int, "help": "train a tokenizer of this size (32768)"}),
             ("--tokenizer", {"type": Path, "metavar": "FILE", "help": "use this tokenizer.json instead"}),
-            ("--workers", {"type": int, "help": "processes (all cores)"}),
-            ("--limit-mib", {"type": int, "help": "read at most this much of the text"}),
         ]),
         Command("data show", "counts, vocabulary, fingerprint, first words", _data_show, [("store", {"type": Path})]),
         Command("options", "list every option of a job file", _options, []),
@@ -29,8 +27,7 @@ def commands() -> list[Command]:
 def _data_build(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     from hpcpar.data.build import build
 
-    limit = args.limit_mib * 2**20 if args.limit_mib else None
-    build(args.paths, args.out, vocab=args.vocab, tokenizer=args.tokenizer, workers=args.workers, limit_bytes=limit)
+    build(args.paths, args.out, vocab=args.vocab, tokenizer=args.tokenizer)
     return 0
 
 

@@ -31,8 +31,8 @@ def commands() -> list[Command]:
         ]),
         Command("stacks", "what every rank of a living run is doing, equal stacks together", _stacks, [run]),
         Command("doctor", "check this machine; under mpirun or srun, also the ranks and what lies between them",
-                _doctor, [("--node", {"action": "store_true", "help": "under mpirun or srun: measure all hosts, "
-                                                                      "and name those that fall behind"})]),
+                _doctor, [("node", {"nargs": "?", "choices": ("node",), "help":
+                                    "the word node: measure all hosts, under mpirun or srun"})]),
     ]
 
 
@@ -111,6 +111,6 @@ def _doctor(args: argparse.Namespace, words: Words, surroundings: Surroundings) 
     from hpcpar.doctor import examine
 
     if args.node and not surroundings.launcher:
-        raise UserError("--node", "compares hosts, but this is one process",
-                        "srun --mpi=pmi2 --ntasks-per-node 1 hpcpar doctor --node")
-    return examine(surroundings, args.node)
+        raise UserError("doctor node", "compares hosts, but this is one process",
+                        "srun --mpi=pmi2 --ntasks-per-node 1 hpcpar doctor node")
+    return examine(surroundings, bool(args.node))

@@ -40,14 +40,12 @@ def commands() -> list[Command]:
         ], overrides=True),
         Command("generate", "print text from a run's newest checkpoint", _generate, [
             ("run", {"type": Path, "help": "a run folder"}),
-            ("--prompt", {"default": "", "help": "text to continue"}),
+            ("prompt", {"nargs": "?", "default": "", "help": "text to continue"}),
             ("--tokens", {"type": int, "default": 100, "help": "tokens to add at most (100)"}),
-            ("--temperature", {"type": float, "default": 0.8, "help": "0 takes the likeliest (0.8)"}),
-            ("--seed", {"type": int, "default": 1, "help": "of the sampling (1)"}),
         ]),
         Command("parity", "compare a job on its layout with one process, in fp64 (or --train.precision fp32)",
                 _parity, [
-            job_argument(), ("--steps", {"type": int, "default": 20, "help": "steps to compare (20)"}),
+            job_argument(), ("steps", {"type": int, "nargs": "?", "default": 20, "help": "steps to compare (20)"}),
         ], overrides=True),
     ]
 
@@ -130,9 +128,10 @@ def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
 
 
 def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
+    from hpcpar.checkpoint.exchange import load_network, saved_job
     from hpcpar.checkpoint.verify import latest_set
     from hpcpar.data.store import TokenStore
-    from hpcpar.train.generate import generate, load_network, saved_job
+    from hpcpar.train.generate import generate
 
     path = latest_set(RunFolder(args.run).checkpoints)
     if path is None:
@@ -141,7 +140,7 @@ def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings
     store = job.data.store if isinstance(job.data.store, str) else job.data.store[0][0]
     tokenizer = TokenStore.open(store).tokenizer()
     network = load_network(path, job)
-    print(generate(network, tokenizer, args.prompt, args.tokens, args.temperature, args.seed))
+    print(generate(network, tokenizer, args.prompt, args.tokens))
     return 0
 
 

@@ -50,7 +50,8 @@ class LayoutWish:
                                                            "own; pipedream and 2bw on paper only (show --schedule)")
     table: str | tuple[str, ...] = option((), "schedule = table: a file with a line a pipeline rank such as "
                                               "0F0,0F1,0B0,0B1 (chunk, F B I or W, microbatch), or these lines")
-    zero: Literal[0, 1] = option(1, "1: optimizer state is sharded over dp; 0: it is replicated")
+    zero: Literal[0, 1, 2, 3] = option(1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights too "
+                                          "(2 and 3 on paper only)")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "
                                                                      "attention block, the layer")
@@ -67,7 +68,6 @@ class Train:
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = option("bf16", "parameters and activations; bf16 and fp16 "
                                                                         "keep fp32 master weights")
     seed: int = option(1, "of weights, sample order and dropout", 0)
-    max_skips: int = option(20, "bad steps in a row, or rollbacks in all, before the run fails", 0)
     compile: bool = option(False, "torch.compile the layers' compute")
 
 
@@ -84,7 +84,6 @@ class Optim:
     warmup_steps: int = option(0, "steps of linear warm-up", 0)
     decay_steps: int | None = option(None, "step at which the cosine reaches min_lr; default: train.steps", 0)
     ramp: tuple[int, int, int] | None = option(None, "batch ramp: start and increment (sequences), over samples")
-    loss_scale: float = option(65536.0, "first loss scale (fp16 only)", 1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ class Stability:
     """What protects the weights from a bad step, beyond skipping those that are not finite."""
 
     spike: float = option(0.0, "robust z-score of loss or gradient norm above which a step is bad; 0 = none", 0)
-    window: int = option(64, "updates that a step is held against", 4)
     on_spike: Literal["skip", "rollback"] = option("skip", "leave the update out, or return to the last checkpoint "
                                                            "and leave the bad samples out")
     check_replicas_every: int = option(100, "steps between comparisons of replicated weights; 0 = never", 0)
@@ -118,15 +116,16 @@ class Checkpoint:
     keep_every: int = option(0, "sets of steps that this divides are kept for good; 0 = none", 0)
     asynchronous: bool = option(True, "steps wait only for a copy in memory; a child process beside each rank writes")
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
+    compression: Literal["none", "blosc2-zstd", "blosc2-lz4"] = option("none", "lossless, of the shard files; needs "
+                                                                               "hdf5plugin, to read too")
 
 
 @dataclass(frozen=True)
 class Health:
     """When a rank that gives no sign of life is taken for stuck, by what it is doing."""
 
-    step_limit_s: float = option(300.0, "seconds without progress inside a step", 1)
-    start_limit_s: float = option(1800.0, "the same while starting and in the first step, which may compile", 1)
-    save_limit_s: float = option(1800.0, "the same while saving, validating and finishing", 1)
+    step_limit_s: float = option(300.0, "seconds without progress inside a step; six times as long while starting, in "
+                                        "the first step, saving, validating, finishing", 1)
 
 
 @dataclass(frozen=True)
@@ -149,13 +148,13 @@ class Submit:
     mpi: str = option("pmi2", "srun --mpi; pip's mpich wants pmi2")
     cpus_per_task: int = option(1, "cores a rank", 1)
     exclude: tuple[str, ...] = option((), "nodes not to use")
+    price_per_gpu_hour: float = option(0.0, "what `hpcpar plan` reckons with, in any currency", 0)
     setup: tuple[str, ...] = option((), "shell lines before the run (modules, environment)")
     constraint: str = option("", "features that a node must have (sbatch --constraint)")
     gres: str = option("", "how the cluster calls its GPUs, such as gpu:a100; default: --gpus-per-node")
     container: str = option("", "words before python3 on every rank, such as apptainer exec --nv IMAGE")
-    max_walltime_min: int | None = option(None, "longest time limit that the cluster gives; default: ask Slurm", 1)
-    stage_env: bool = option(False, "pack the Python environment once and unpack it on every node's own disk")
-    local_dir: str = option("/tmp", "a folder on every node's own disk (shell variables allowed)")
+    stage_env: str = option("", "a folder on every node's own disk (shell variables allowed) to unpack the Python "
+                                "environment in before the run; default: Python starts from where it is")
     elastic: bool = option(False, "take fewer nodes where some are missing, at a smaller dp")
     retries: int = option(3, "starts in a row that save nothing new before a failing run is given up", 0)
 

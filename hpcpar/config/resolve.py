@@ -10,10 +10,11 @@ from hpcpar.config.load import override
 from hpcpar.errors import UserError
 
 
-def resolve(job: Job, world_size: int | None = None) -> Job:
+def resolve(job: Job, world_size: int | None = None, on_paper: bool = False) -> Job:
     """Return `job` with every derived value filled in, or raise UserError with field, rule and nearest fix.
 
     `world_size` is the number of ranks started; None (show, submit) takes it from dp, else from [machine].
+    `on_paper`: the planner also prices layouts that no rank can run yet.
     """
     model, layout = job.model, job.layout
     kv_heads = model.kv_heads or model.heads
@@ -28,7 +29,8 @@ def resolve(job: Job, world_size: int | None = None) -> Job:
                    optim={"decay_steps": decay_steps})
     if isinstance(layout.table, str):
         job = override(job, layout={"table": _read_lines("layout.table", layout.table)})
-    _check_supported(job)
+    if not on_paper:
+        _check_runs(job)
     _check_model(job)
     _check_cuts(job)
     _check_schedule(job)
@@ -56,10 +58,11 @@ def _divisors(*numbers: int) -> list[int]:
     return sorted({*low, *(common // d for d in low)})
 
 
-def _check_supported(job: Job) -> None:
-    for name in ("cp", "ep"):
+def _check_runs(job: Job) -> None:
+    """Refuse what the planner can price and the trainer cannot run."""
+    for name in ("cp", "ep", "zero"):
         value = getattr(job.layout, name)
-        _require(value == 1, f"layout.{name}", f"is {value}, but this version only runs {name} = 1",
+        _require(value <= 1, f"layout.{name}", f"is {value}, but this version only runs {name} = 1",
                  f"write {name} = 1")
 
 
@@ -86,9 +89,13 @@ def _check_cuts(job: Job) -> None:
              nearest(tp, legal))
     _require(model.vocab >= tp, "model.vocab", f"{model.vocab} is fewer rows than layout.tp = {tp}",
              f"write vocab = {tp} or more")
-    _require(not layout.sequence_parallel or model.seq % tp == 0, "model.seq",
-             f"sequence parallelism needs seq divisible by layout.tp = {tp}, not {model.seq}",
-             f"write seq = {max(1, model.seq // tp) * tp}, or --layout.sequence_parallel false")
+    unit = tp * layout.cp
+    _require(not layout.sequence_parallel or model.seq % unit == 0, "model.seq", "sequence parallelism needs seq "
+             f"divisible by layout.tp = {tp}{f' x layout.cp = {layout.cp}' if layout.cp > 1 else ''}, not {model.seq}",
+             f"write seq = {max(1, model.seq // unit) * unit}, or --layout.sequence_parallel false")
+    _require(layout.ep == 1, "layout.ep", f"is {layout.ep}, but the model has no experts", "write ep = 1")
+    _require(model.seq % layout.cp == 0, "layout.cp", f"{layout.cp} does not divide model.seq = {model.seq}",
+             nearest(layout.cp, _divisors(model.seq)))
     _require(layout.pp <= model.layers, "layout.pp", f"{layout.pp} stages for model.layers = {model.layers}: "
              "every stage needs a layer", f"nearest legal: {model.layers}")
     _require(layout.pp * layout.chunks <= model.layers, "layout.chunks", f"{layout.chunks} x layout.pp = {layout.pp} "
@@ -186,3 +193,6 @@ def _check_optim(job: Job) -> None:
     _require(data.validation < 1, "data.validation", f"is {data.validation}, must be below 1", "write 0.01")
     _require(job.checkpoint.ranks_per_file <= job.world_size, "checkpoint.ranks_per_file",
              f"is {job.checkpoint.ranks_per_file}, more than the {job.world_size} ranks", f"write {job.world_size}")
+    _require(job.checkpoint.compression == "none" or job.checkpoint.ranks_per_file == 1, "checkpoint.compression",
+             f"is {job.checkpoint.compression} with {job.checkpoint.ranks_per_file} ranks a file, which must know the "
+             "sizes beforehand", "write ranks_per_file = 1")

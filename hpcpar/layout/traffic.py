@@ -87,7 +87,7 @@ class Traffic:
 
     @cached_property
     def late_reductions(self) -> tuple[Call, ...]:
-        """What follows the last backward: sums over tp or with the tied copy, then over dp; the step's three numbers.
+        """What follows the last backward: sums over tp or with the tied copy, then over dp; the step's four numbers.
         """
         calls: list[Call] = []
         for bucket in self._buckets:
@@ -95,7 +95,7 @@ class Traffic:
                 tied = bucket.slots[0].parameter.is_vocabulary
                 calls += self._with_tied_copy(bucket) if tied else self._over_tp(bucket)
                 calls += self._over_dp(bucket)
-        return (*calls, Call("all_reduce", "everyone", 3 * 8)) if self.layout.mesh.size > 1 else tuple(calls)
+        return (*calls, Call("all_reduce", "everyone", 4 * 8)) if self.layout.mesh.size > 1 else tuple(calls)
 
     @cached_property
     def update(self) -> tuple[Call, ...]:

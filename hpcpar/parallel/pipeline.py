@@ -54,7 +54,7 @@ class Pipeline:
         activations.
         """
         step = _Step(self, microbatch, (batch, *self.token_shape), loss_factor)
-        with torch.set_grad_enabled(any(action.kind is not Kind.FORWARD for action in program if action.kind in _PLAY)):
+        with torch.set_grad_enabled(any(action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) for action in program)):
             for action in program:
                 _PLAY.get(action.kind, _Step.transfer)(step, action)
             self.neighbours.wait_sends()

@@ -179,7 +179,7 @@ class ShardedOptimizer:
     def publish_weights(self) -> None:
         """Copy the master shard into the weights and all-gather it over dp."""
         for flat in self.buckets:
-            if flat.shard["weight"].data_ptr() != flat.own_weights.data_ptr():
+            if flat.shard["weight"].dtype != flat.weights.dtype:
                 flat.own_weights.copy_(flat.shard["weight"])
             if self.groups.dp is not None and self.layout.num_shards > 1:
                 gather_flat(flat.weights, flat.own_weights, self.groups.dp)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hpcpar.config.job import Job
 from hpcpar.config.load import load_job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import HpcparError, UserError
@@ -60,9 +61,11 @@ class Batch:
         """Decide what comes after srun's exit code; return the job's."""
         going_on = self.starts.go_on.exists()  # written when all ranks had saved: stronger than the code
         began = max((line["time"] for line in self.starts.lines() if "nodes" in line), default=0.0)
-        lost = {} if going_on or code == 0 else self._culprits(began)
+        state = ask.job_fields(self.job_id).get("JobState", "RUNNING")
+        # what Slurm is killing died of that
+        lost = {} if going_on or code == 0 or state != "RUNNING" else self._culprits(began)
         self._remember(lost)
-        stay = self._why_not_again(code, going_on, began, lost)
+        stay = self._why_not_again(code, going_on, state, began, lost)
         self.starts.note(job=self.job_id, end=code, **({"stays": stay} if stay else {}))
         if stay:
             self._say(stay)
@@ -73,9 +76,8 @@ class Batch:
             self._say(follow_up(self.environment, self.starts, words, keep_nodes=self._elastic()))
         return 0 if going_on else code
 
-    def _why_not_again(self, code: int, going_on: bool, began: float, lost: Mapping[str, str]) -> str:
+    def _why_not_again(self, code: int, going_on: bool, state: str, began: float, lost: Mapping[str, str]) -> str:
         """Say why the run stays where it is, or return an empty string."""
-        state = ask.job_fields(self.job_id).get("JobState", "RUNNING")
         if self.starts.folder.stop.exists():
             return f"stopped by {self.starts.folder.stop}; not requeued"
         if state != "RUNNING":  # cancelled by a person, or Slurm requeues it itself
@@ -87,8 +89,7 @@ class Batch:
             return "it would fail again in the same way; not requeued"
         if not lost and (failure is None or failure["step"] is None):
             return "failed before its first step; not requeued"
-        retries = load_job(self._job_file()).submit.retries
-        tries = self.starts.fruitless()
+        retries, tries = self._job().submit.retries, self.starts.fruitless()
         return f"{tries} starts in a row have saved nothing new; not requeued" if tries > retries else ""
 
     def _culprits(self, began: float) -> dict[str, str]:
@@ -116,23 +117,24 @@ class Batch:
         """Tell whether the partition has nodes enough without these."""
         found = (ask.partitions() or {}).get(self.environment.get("SLURM_JOB_PARTITION", ""))
         known = ask.partition(found) if found else None
-        left = sum(node.name not in bad for node in known.nodes) if known else 0
-        needed = fewest_nodes(load_job(self._job_file())) if self._elastic() else len(self.nodes)
-        if known and left < needed:
+        left = sum(node.name not in bad for node in known.nodes) if known and known.nodes else None
+        needed = fewest_nodes(self._job()) if self._elastic() else len(self.nodes)
+        if left is not None and left < needed:
             self._say(f"cannot do without {', '.join(bad)}: {left} other nodes, {needed} needed")
-        return known is None or left >= needed
+        return left is None or left >= needed
 
-    def _job_file(self) -> Path:
-        return self.starts.job if self.starts.job.exists() else self.starts.folder.config
+    def _job(self) -> Job:
+        """Return the job as submitted; what train.sbatch runs was not, and has made no wishes."""
+        return load_job(self.starts.job) if self.starts.job.exists() else Job()
 
     def _elastic(self) -> bool:
-        return self.starts.job.exists() and load_job(self.starts.job).submit.elastic
+        return self._job().submit.elastic
 
     def _fewer_ranks(self) -> str:
         """Return what an elastic job tells srun where it was given fewer nodes than it wished."""
         if not self._elastic():
             return ""
-        job = load_job(self.starts.job)
+        job = self._job()
         smaller = for_fewer_nodes(job, len(self.nodes))
         if smaller is None:
             raise UserError("submit.elastic", f"{len(self.nodes)} nodes hold no legal layout", "see hpcpar show")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 from hpcpar.config.job import Job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError, did_you_mean
+from hpcpar.planner.hardware import known_machines
+from hpcpar.planner.plan import Plan, make_plan
+from hpcpar.planner.search import remedies
 from hpcpar.submit import ask
-from hpcpar.submit.spec import submit_spec
-from hpcpar.units import format_seconds
+from hpcpar.submit.spec import fewest_nodes, for_fewer_nodes, submit_spec
+from hpcpar.units import format_bytes, format_seconds
 
 START_S = 120.0  # of a large job: imports, communicators, reading a checkpoint
 SECRET = re.compile(r"\b(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)\w*)=\S", re.IGNORECASE)
@@ -20,7 +24,26 @@ SECRET = re.compile(r"\b(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)
 def check(job: Job, folder: RunFolder) -> list[str]:
     """Raise UserError for a resolved job that cannot run as asked; return what else is worth saying."""
     _check_secrets(job)
-    return [*_check_partition(job), *_check_time(job, folder)]
+    plan = _foretold(job)
+    if plan is not None:
+        smallest = for_fewer_nodes(job, fewest_nodes(job)) if job.submit.elastic else None
+        _check_memory(make_plan(smallest) if smallest else plan)  # a smaller dp leaves each rank a larger shard
+    step_s = measured_step_s(folder) or (plan.time.total if plan else None)
+    return [*_check_partition(job), *(_check_time(job, step_s) if step_s else [])]
+
+
+def _foretold(job: Job) -> Plan | None:
+    """Return the planner's word on a job; None on CPUs and on a GPU that it does not know."""
+    known = job.machine.gpu in known_machines() or Path(job.machine.gpu).is_file()
+    return make_plan(job) if known and job.machine.gpu != "cpu" else None
+
+
+def _check_memory(plan: Plan) -> None:
+    if not plan.fits:
+        needed, usable = plan.memory[plan.fullest].total, plan.machine.chip.usable_bytes
+        raise UserError("machine.gpu", f"a rank of stage {plan.fullest} needs {format_bytes(needed)} at dp "
+                        f"{plan.job.layout.dp}, and {plan.machine.name} gives {format_bytes(usable)}",
+                        " or ".join(remedies(plan)) or "see hpcpar plan --search")
 
 
 def _check_secrets(job: Job) -> None:
@@ -30,12 +53,9 @@ def _check_secrets(job: Job) -> None:
                             "checkpoint", f"export {found[1]} in the shell before submitting: the job gets it")
 
 
-def _check_time(job: Job, folder: RunFolder) -> list[str]:
+def _check_time(job: Job, step_s: float) -> list[str]:
     """Hold the time limit against what a start, a checkpoint interval and the stop before the end take."""
     spec, limit_s = submit_spec(job, ""), 60.0 * job.submit.walltime_min
-    step_s = measured_step_s(folder)
-    if step_s is None:
-        return []
     if step_s > spec.signal_lead_s / 2:
         longer = math.ceil(20 * step_s / 60)  # the lead is a tenth of it, 10 minutes at most
         raise UserError("submit.walltime_min", f"a step takes {format_seconds(step_s)}, but the signal comes only "
@@ -66,13 +86,12 @@ def measured_step_s(folder: RunFolder) -> float | None:
 def _check_partition(job: Job) -> list[str]:
     """Hold the request against what Slurm says of the partition; sbatch itself takes jobs that can never start."""
     wish, spec = job.submit, submit_spec(job, "")
-    limit = wish.max_walltime_min
     known = ask.partitions()
     name = wish.partition or next((n for n, f in (known or {}).items() if f.get("Default") == "YES"), "")
     if known is not None and name and name not in known:
         raise UserError("submit.partition", f"{name} is not a partition here", did_you_mean(name, known))
     found = ask.partition(known[name]) if known and name else None
-    limit = limit or (found.max_minutes if found else None)
+    limit = found.max_minutes if found else None
     if limit is not None and wish.walltime_min > limit:
         raise UserError("submit.walltime_min", f"{wish.walltime_min} minutes, but {name or 'the cluster'} gives "
                         f"{limit}", f"write walltime_min = {limit}: the run goes on by itself in the next job")

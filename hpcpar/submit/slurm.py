@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import shutil
 import sys
@@ -91,6 +92,8 @@ def submit(job_file: Path, overrides: Sequence[str], run: Path, environment: Mut
     if not slurm and (request.sweep or request.depend):
         raise UserError("--executor", f"{request.executor} knows no --sweep and no --depend", "leave it out")
     folder = RunFolder(run.absolute())  # absolute, for the ranks may start elsewhere
+    if slurm and not request.depend:
+        _check_alone(folder)
     notes = tuple(dict.fromkeys(note for point in found for note in check(point.job, folder))) if slurm else ()
     launch = [] if slurm else _mpirun(found[0].job.world_size, path)  # refused before anything is written
     code = _prepare(folder, found, package or Path(hpcpar.__file__).parent)
@@ -98,6 +101,14 @@ def submit(job_file: Path, overrides: Sequence[str], run: Path, environment: Mut
         if slurm:
             return _to_slurm(job_file.stem, folder, found, code, request, notes)
         return _to_this_machine(submit_spec(found[0].job, job_file.stem), folder, code, launch, request)
+
+
+def _check_alone(folder: RunFolder) -> None:
+    """Refuse a folder that a job runs in: two would write the same checkpoints."""
+    last = Starts(folder).lines()[-1:]
+    if last and ask.job_fields(str(last[0]["job"])).get("JobState") == "RUNNING":
+        raise UserError(str(folder.path), f"job {last[0]['job']} runs in it", f"give --depend {last[0]['job']} to go "
+                        "on when it has ended, or another --run folder")
 
 
 def _prepare(folder: RunFolder, found: Sequence[Point], package: Path) -> Snapshot:
@@ -114,11 +125,12 @@ def _to_slurm(name: str, folder: RunFolder, found: Sequence[Point], code: Snapsh
               notes: tuple[str, ...]) -> Submission:
     runs, scripts, jobs = [], [], []
     num_tasks = found[0].job.world_size
-    staged = stage(found[0].job.submit, folder.path.parent)
+    staged = stage(found[0].job.submit, folder.path.parent, request.dry_run)
     for number, batch in enumerate(_arrays(found)):
-        # an array has one script: its elements find their run folders in this list
-        listed = folder.submission / f"runs-{number}.txt"
-        listed.write_text("".join(f"{folder.path / point.name}\n" for point in batch))
+        # an array has one script: its elements find their run folders in this list, which a later sweep must not change
+        listing = "".join(f"{folder.path / point.name}\n" for point in batch)
+        listed = folder.submission / f"runs-{hashlib.sha256(listing.encode()).hexdigest()[:8]}.txt"
+        listed.write_text(listing)
         parameters = slurm_parameters(submit_spec(batch[0].job, name), code, staged, listed, request.depend)
         runs += [folder.path / point.name for point in batch]
         if request.dry_run:

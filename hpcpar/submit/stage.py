@@ -32,11 +32,11 @@ class Staged:
     lines: tuple[str, ...] = ()
 
 
-def stage(wish: Submit, beneath: Path) -> Staged:
-    """Return how ranks start Python: from the environment, a container, or the environment staged in `local_dir`.
+def stage(wish: Submit, beneath: Path, dry_run: bool = False) -> Staged:
+    """Return how ranks start Python: from the environment, a container, or the environment staged on a node's disk.
 
-    The archive lies in `beneath`/.environments, one for all runs with equal packages. Cost: the first time, reading the
-    whole environment.
+    The archive lies in `beneath`/.environments, one for all runs with equal packages; a dry run only names it.
+    Cost: the first time, reading the whole environment.
     """
     if wish.container:
         if wish.stage_env:
@@ -45,25 +45,29 @@ def stage(wish: Submit, beneath: Path) -> Staged:
         return Staged(f"{wish.container} python3")
     if not wish.stage_env:
         return Staged(shlex.quote(sys.executable))
-    archive = _pack(Path(sys.prefix), beneath / ".environments")
-    local = f'"{wish.local_dir}/hpcpar-$USER"'  # the batch shell fills in variables
+    archive = _archive(Path(sys.prefix), beneath / ".environments")
+    if not dry_run:
+        _pack(Path(sys.prefix), archive)
+    local = f'"{wish.stage_env}/hpcpar-$USER"'  # the batch shell fills in variables
     words = f"{shlex.quote(UNPACK)} unpack {shlex.quote(str(archive))} {local} {archive.stem}"
     a_node = 'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 --mpi=none'
     return Staged(f"{local}/{archive.stem}/bin/python", (f"{a_node} bash -c {words} || exit",))
 
 
-def _pack(prefix: Path, folder: Path) -> Path:
-    """Return the archive of the environment at `prefix`, made if its packages have changed."""
+def _archive(prefix: Path, folder: Path) -> Path:
+    """Name the archive of the environment at `prefix`, by its packages."""
     if sys.prefix == sys.base_prefix and not (prefix / "conda-meta").is_dir():
         raise UserError("submit.stage_env", f"{prefix} is the system's Python, not an environment of your own",
                         "make a venv or a conda environment, or leave it out")
     packages = sorted((path.name, path.stat().st_mtime_ns) for path in Path(sysconfig.get_path("purelib")).iterdir())
-    key = hashlib.sha256(f"{prefix}{sys.version}{packages}".encode()).hexdigest()[:12]
-    folder.mkdir(mode=0o700, exist_ok=True)
-    check_private(folder)
-    archive = folder / f"env-{key}.tar"
+    return folder / f"env-{hashlib.sha256(f'{prefix}{sys.version}{packages}'.encode()).hexdigest()[:12]}.tar"
+
+
+def _pack(prefix: Path, archive: Path) -> None:
+    """Write the archive unless it is there."""
+    archive.parent.mkdir(mode=0o700, exist_ok=True)
+    check_private(archive.parent)
     if not archive.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
+        with tempfile.NamedTemporaryFile(dir=archive.parent, delete=False) as partial:
             subprocess.run(["tar", "-cf", "-", "-C", str(prefix), "."], stdout=partial, check=True)
         Path(partial.name).rename(archive)
-    return archive

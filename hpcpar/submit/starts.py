@@ -69,9 +69,11 @@ class Starts:
 
     def add_bad_nodes(self, nodes: dict[str, str]) -> None:
         """Remember nodes that let the run down."""
-        known = self.bad_nodes()
+        new = [f"{name} {why}\n" for name, why in nodes.items() if name not in self.bad_nodes()]
+        if not new:
+            return
         with (self.folder.submission / "bad-nodes").open("a") as file:
-            file.writelines(f"{name} {why}\n" for name, why in nodes.items() if name not in known)
+            file.writelines(new)
 
     def failure(self, since: float) -> dict[str, Any] | None:
         """Return failure.json if it was written after `since`."""

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpcpar.checkpoint.load import load_shards
-from hpcpar.checkpoint.verify import latest_set, read_state, verify_together
+from hpcpar.checkpoint.load import load_together
+from hpcpar.checkpoint.verify import latest_set, read_state
 from hpcpar.comm.bootstrap import World
+from hpcpar.comm.control import Control
 from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
@@ -35,10 +36,11 @@ from hpcpar.train.metrics import Metrics
 from hpcpar.train.resume import check_same, or_offer, saved_progress
 from hpcpar.train.rewind import leave_out
 from hpcpar.train.saving import Saves
-from hpcpar.train.state import Progress
+from hpcpar.train.state import FIRST_LOSS_SCALE, Progress
 from hpcpar.train.step import StepResult, Trainee, train_step
 from hpcpar.train.straggler import REPORT_EVERY, Stragglers
 
+MAX_BAD_STEPS = 20  # in a row, or rollbacks in all: after that something is wrong that no batch explains
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -88,13 +90,12 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         check_same(state, job, order, found)
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device, note)
-    progress = Progress(loss_scale=job.optim.loss_scale if job.train.precision == "fp16" else 1.0)
+    progress = Progress(loss_scale=FIRST_LOSS_SCALE if job.train.precision == "fp16" else 1.0)
     if state is None:
         initialise(optimizer, job.train.seed)
     else:
-        or_offer(found, world.control, lambda: verify_together(found, world.control))
         progress = saved_progress(state, job, progress)
-        fill(optimizer, found, world.rank)
+        fill(optimizer, found, world.control)
     leave_out(folder, progress)
     metrics = None
     if world.rank == 0:
@@ -110,11 +111,11 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     return run
 
 
-def fill(optimizer: ShardedOptimizer, found: Path, global_rank: int) -> None:
-    """Fill a rank's weights and moments from a verified set; every rank must call."""
+def fill(optimizer: ShardedOptimizer, found: Path, control: Control) -> None:
+    """Fill a rank's weights and moments from a set, which is verified on the way; every rank must call."""
     layout = optimizer.layout
     main = {"fp64": np.float64}.get(layout.job.train.precision, np.float32)
-    stored = load_shards(found, layout, global_rank, main, verify=False)
+    stored = or_offer(found, control, lambda: load_together(found, layout, control, main))
     for kind, shards in optimizer.shards().items():
         for shard, values in zip(shards, stored[kind], strict=True):
             shard.copy_(torch.from_numpy(values))
@@ -203,9 +204,9 @@ def _after_bad_step(run: Run, result: StepResult) -> None:
     job, progress = run.job, run.progress
     run.say(f"step {progress.step}: update left out, {result.skipped} (loss {result.loss:g}, gradient norm "
             f"{result.grad_norm:g})")
-    if max(progress.skips, progress.rollbacks) > job.train.max_skips:
+    if max(progress.skips, progress.rollbacks) > MAX_BAD_STEPS:
         raise RunError(f"{result.skipped}: {progress.skips} bad steps in a row, {progress.rollbacks} rollbacks (loss "
-                       f"{result.loss}, gradient norm {result.grad_norm}); lower optim.lr, or raise train.max_skips")
+                       f"{result.loss}, gradient norm {result.grad_norm}); lower optim.lr")
     overflow = job.train.precision == "fp16" and not math.isfinite(result.grad_norm)  # that the loss scale mends
     if job.stability.on_spike == "rollback" and not overflow:
         _roll_back(run, result)
@@ -218,8 +219,7 @@ def _roll_back(run: Run, result: StepResult) -> None:
     found = run.world.control.broadcast(latest_set(run.folder.checkpoints) if run.world.rank == 0 else None)
     if found is None:
         return  # nothing was saved yet: leaving the update out has to do
-    verify_together(found, run.world.control)
-    fill(run.trainee.optimizer, found, run.world.rank)
+    fill(run.trainee.optimizer, found, run.world.control)
     numbers = bad.sample_numbers(np.array([result.samples.start, result.samples.stop - 1]))
     run.progress = Progress(**read_state(found)["progress"])
     run.progress.left_out, run.progress.rollbacks = bad.left_out, bad.rollbacks + 1

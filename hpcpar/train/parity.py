@@ -21,7 +21,7 @@ from hpcpar.nn.transformer import Transformer
 from hpcpar.optim.schedules import learning_rate
 from hpcpar.parallel.buckets import FlatBucket
 from hpcpar.parallel.build import build, initialise
-from hpcpar.train.state import Progress
+from hpcpar.train.state import FIRST_LOSS_SCALE, Progress
 from hpcpar.train.step import Tokens, Trainee, train_step
 
 
@@ -110,7 +110,7 @@ def compare(job: Job, world: World, tokens: Tokens, steps: int, tolerance: float
     mine = world.rank < layout.mesh.size
     truth = oracle(job, tokens, steps, world.device) if world.rank == 0 else iter(())
     groups = open_groups(layout.mesh, world.rank) if mine else None
-    progress = Progress(loss_scale=job.optim.loss_scale if job.train.precision == "fp16" else 1.0)
+    progress = Progress(loss_scale=FIRST_LOSS_SCALE if job.train.precision == "fp16" else 1.0)
     trainee = None
     if groups is not None:
         pipeline, optimizer = build(layout, groups, world.device)

@@ -52,13 +52,15 @@ def _draw_timeline(folder: RunFolder) -> Path:
     several = any(len({chunk for chunk, *_ in events}) > 1 for events in played)
     colours = {"F": "tab:blue", "B": "tab:orange", "I": "tab:red", "W": "tab:olive", "r": "lightgrey", "s": "tab:green"}
     origin = min(start for events in played for *_, start, _ in events)
+    least = max(end for events in played for *_, end in events) - origin
+    least *= 0.004 * (2 + several)  # a narrower bar has no room for its number
     figure = Figure(figsize=(10, 1.2 + 0.35 * len(ranks)), layout="constrained")
     axes = figure.subplots()
     for row, events in enumerate(played):
         for chunk, kind, microbatch, start, end in events:
             axes.barh(row, (end - start) * 1e3, left=(start - origin) * 1e3, color=colours[kind], height=0.8,
                       edgecolor="white", linewidth=0.3)
-            if kind in "FBIW":
+            if kind in "FBIW" and end - start > least:
                 text = f"{microbatch}\n({chunk})" if several else microbatch
                 axes.text((start + end) / 2e-3 - origin * 1e3, row, text, ha="center", va="center", fontsize=6)
     axes.set_yticks(range(len(ranks)), [f"stage {r['pp_rank']} dp {r['dp_rank']} tp {r['tp_rank']}" for r in ranks])
@@ -66,8 +68,8 @@ def _draw_timeline(folder: RunFolder) -> Path:
     names = {"F": "forward", "B": "backward", "I": "input's gradient", "W": "weights' gradients",
              "r": "waiting for a message", "s": "posting a send"}
     seen = {kind for events in played for _, kind, *_ in events}
-    axes.legend(handles=[Patch(color=colours[k], label=n) for k, n in names.items() if k in seen], ncols=6, fontsize=7,
-                loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    figure.legend(handles=[Patch(color=colours[k], label=n) for k, n in names.items() if k in seen], ncols=6,
+                  fontsize=7, loc="outside lower center")
     numbers = "numbers are microbatches" + (", (chunks)" if several else "")
     axes.set(xlabel="ms", title=f"step {told['step']} as it was measured ({numbers})")
     path = folder.path / "timeline.png"

@@ -47,7 +47,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("layout", Rule(True, "a set holds boxes of whole tensors: each rank reads the boxes of its own layout")),
     ("train.seed", Rule(False, "sample order and dropout are functions of it")),
     ("train.precision", Rule(True, "fp64 jobs keep fp64 weights and moments, all others fp32: these are cast once, as "
-                                   "they are read; fp16 begins with optim.loss_scale")),
+                                   "they are read; fp16 begins with a fresh loss scale")),
     ("train.global_batch", Rule(True, "the data position is a sample number; the schedules go on by step")),
     ("train.microbatch", Rule(True, "the same samples; only sums are made in another order")),
     ("train.steps", Rule(True, "where the run ends; set optim.decay_steps to keep the old decay")),
@@ -81,17 +81,22 @@ def changes(saved: Mapping[str, Any], job: Job) -> list[Change]:
 
 def check_same(state: Mapping[str, Any], job: Job, order: SampleOrder, path: Path) -> None:
     """Refuse to go on with another model or other data: the curve would break without a word."""
+    imported = state["data"] is None  # has seen no text: any may follow, in any order
     for option, saved, now, rule in changes(state["job"], job):
+        if imported and not option.startswith("model."):
+            continue
         if not rule.allowed:
             raise UserError(option, f"is {now}, but {path} was saved with {saved}: {rule.why}",
                             f"write {option.partition('.')[2]} = {saved}, or use another --run folder")
-    if state["data"] != order.fingerprint:
+    if not imported and state["data"] != order.fingerprint:
         raise UserError("data.store", f"is not the text (or weights, or tokenizer) that {path} was trained on",
                         "use the same store, or another --run folder")
 
 
 def saved_progress(state: Mapping[str, Any], job: Job, fresh: Progress) -> Progress:
     """Return how far the saved run had come; a change of precision takes the loss scale of a `fresh` start."""
+    if state["data"] is None:
+        return fresh
     progress = Progress(**state["progress"])
     if state["job"]["train"]["precision"] != job.train.precision:
         progress.loss_scale, progress.finite_steps = fresh.loss_scale, 0

@@ -12,6 +12,7 @@ import torch
 
 from hpcpar.checkpoint.background import BackgroundSaver
 from hpcpar.checkpoint.save import Published, Saving, save_now
+from hpcpar.checkpoint.store import hdf5_plugin
 from hpcpar.comm.bootstrap import World
 from hpcpar.errors import CheckpointError
 from hpcpar.train.metrics import Metrics
@@ -31,7 +32,10 @@ class Saves:
         self._data, self._metrics = data, metrics
         self.saved_step = saved_step
         wish = self._job.checkpoint
-        self._saving = Saving(checkpoints, trainee.layout, wish.ranks_per_file, wish.keep, wish.keep_every)
+        self._saving = Saving(checkpoints, trainee.layout, wish.ranks_per_file, wish.keep, wish.keep_every,
+                              wish.compression)
+        if wish.compression != "none":
+            hdf5_plugin()  # now, not at the first save
         self._rhythm: Rhythm | None = None
         if wish.every == "auto":
             num_nodes = len(set(world.control.all_gather(world.host)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+FIRST_LOSS_SCALE = 65536.0  # of fp16: halved until gradients are finite, so that too large costs a few steps
 GROWTH_INTERVAL = 1000  # finite steps after which the fp16 loss scale doubles (Micikevicius et al. 2017, section 3.2)
 
 

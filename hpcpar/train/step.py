@@ -56,23 +56,11 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     back to all of them, in the same small all-reduce that carries loss and gradient norm. A bad step
     (`stability`) leaves weights and moments untouched on all ranks alike.
     """
-    layout, job = trainee.layout, trainee.layout.job
+    job = trainee.layout.job
     batch = batch_size(job, progress.samples)
     samples = range(progress.samples, progress.samples + batch)
-    num_microbatches = batch // (layout.mesh.dp_size * job.train.microbatch)
-    factor = 1 / (num_microbatches * layout.mesh.dp_size)
-    at = trainee.groups.at
-    program = layout.program(at.pp_rank, num_microbatches)
-
-    trainee.optimizer.begin(num_microbatches)
-    played = trainee.pipeline.play(
-        program,
-        lambda m: read_microbatch(trainee, tokens, samples, m, progress),
-        job.train.microbatch,
-        factor * progress.loss_scale,
-    )
-    trainee.pipeline.note("reduce")
-    trainee.optimizer.finish_reduction()
+    factor, at = job.train.microbatch / batch, trainee.groups.at
+    played = compute_gradients(trainee, progress, tokens, samples, factor * progress.loss_scale)
 
     mine = torch.zeros(4, dtype=torch.float64, device=trainee.device)
     mine[0] = trainee.optimizer.norm_squared()
@@ -97,6 +85,19 @@ def train_step(trainee: Trainee, progress: Progress, tokens: Tokens, stop: bool 
     progress.step += 1
     progress.samples += batch
     return StepResult(loss, grad_norm, lr, samples, skipped, stops > 0, int(num_writing), played)
+
+
+def compute_gradients(trainee: Trainee, progress: Progress, tokens: Tokens, samples: range,
+                      loss_factor: float) -> Played:
+    """Play the pipeline on a batch, given by its places in the run, and sum its gradients over who shares them."""
+    layout, size = trainee.layout, trainee.layout.job.train.microbatch
+    num_microbatches = len(samples) // (layout.mesh.dp_size * size)
+    trainee.optimizer.begin(num_microbatches)
+    played = trainee.pipeline.play(layout.program(trainee.groups.at.pp_rank, num_microbatches),
+                                   lambda m: read_microbatch(trainee, tokens, samples, m, progress), size, loss_factor)
+    trainee.pipeline.note("reduce")
+    trainee.optimizer.finish_reduction()
+    return played
 
 
 def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, progress: Progress) -> Microbatch:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-import hpcpar.checkpoint.load as load_module
+import hpcpar.checkpoint.publish as publish_module
+import hpcpar.checkpoint.read as read_module
 import hpcpar.checkpoint.save as save_module
 from hpcpar.checkpoint import (
     latest_set,
@@ -29,7 +30,7 @@ from tests.checkpoint.sets import GPT, assert_equal, make_layout, on_ranks, save
 def test_damages_are_reported_before_libhdf5_opens_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample of `make damage-checkpoint`."""
     good = save(tmp_path / "good", 1, make_layout(GPT, 2, 1, 2))
-    monkeypatch.setattr(load_module, "open_hdf5", lambda path: pytest.fail(f"libhdf5 opened {path}"))
+    monkeypatch.setattr(read_module, "open_hdf5", lambda path: pytest.fail(f"libhdf5 opened {path}"))
     dice, layout = random.Random(3), make_layout(GPT)
     found = {check_one(good, layout, dice)[:2] for _ in range(120)}
     assert len(found) > 12 and {file for _, file in found} == {"manifest.json", "model.h5", "shard.h5"}
@@ -121,7 +122,7 @@ def test_a_failed_rank_fails_all_with_one_message(tmp_path: Path, monkeypatch: p
                                          "space left on device; older sets are untouched"}
     assert [p.name for p in tmp_path.iterdir()] == [good.name] and verify_set(good)
     monkeypatch.undo()
-    monkeypatch.setattr(save_module, "write_index", lambda *a: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(publish_module, "write_index", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O")))
     assert all("rank 0: OSError: [Errno 5]" in str(r) for r in try_save(tmp_path, 2, layout))
     monkeypatch.undo()
     assert latest_set(tmp_path) == good and save(tmp_path, 2, layout) == latest_set(tmp_path)

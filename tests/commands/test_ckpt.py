@@ -141,13 +141,13 @@ def test_prune_never_deletes_the_newest_that_is_whole(run: Path, capsys: pytest.
     checkpoints = run / "checkpoints"
     spoil(checkpoints / "step-00000030" / SHARD)
     spoil(checkpoints / "step-00000020" / "manifest.json")
-    assert main(["ckpt", "prune", str(run), "--keep", "1"]) == 0
+    assert main(["ckpt", "prune", str(run), "1"]) == 0
     assert "deleted 1 sets; the newest that is whole is step-00000010" in capsys.readouterr().out
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000010", "step-00000030"]
     spoil(checkpoints / "step-00000010" / SHARD)
-    assert main(["ckpt", "prune", str(run), "--keep", "1"]) == 3
+    assert main(["ckpt", "prune", str(run), "1"]) == 3
     assert "nothing was deleted" in capsys.readouterr().err and len(list(checkpoints.iterdir())) == 2
-    assert main(["ckpt", "prune", str(run), "--keep", "0"]) == 2
+    assert main(["ckpt", "prune", str(run), "0"]) == 2
 
 
 def test_rewind_moves_newer_sets_aside_and_deletes_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,19 +25,21 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "layout": {"tp": 3, "pp": 2, "dp": 5, "cp": 2, "ep": 4, "chunks": 2, "schedule": "gpipe", "zero": 0,
                "table": ("0F0", "1F0"), "sequence_parallel": False, "recompute": "selective", "bucket_mib": 0.5},
     "train": {"global_batch": 60, "microbatch": 2, "steps": 17, "precision": "fp64", "seed": 12345678901234567,
-              "max_skips": 0, "compile": True},
+              "compile": True},
     "optim": {"lr": 1.2345678901234567e-5, "min_lr": 1e-7, "betas": (0.8, 0.999), "eps": 1e-16, "weight_decay": 0.0,
-              "clip": 0.3, "warmup_steps": 4, "decay_steps": 15, "ramp": (20, 20, 400), "loss_scale": 2.0**24},
+              "clip": 0.3, "warmup_steps": 4, "decay_steps": 15, "ramp": (20, 20, 400)},
     "data": {"store": (("a b/\u4e2d\U0001f600\x7f", 1.0), ('quo"te\\', 2.5)), "validation": 0.5, "validate_every": 3,
              "validate_samples": 7},
-    "checkpoint": {"every": "auto", "keep": 0, "keep_every": 90, "asynchronous": False, "ranks_per_file": 4},
-    "stability": {"spike": 8.0, "window": 20, "on_spike": "rollback", "check_replicas_every": 7},
-    "health": {"step_limit_s": 2.5, "start_limit_s": 3.5, "save_limit_s": 4.5},
+    "checkpoint": {"every": "auto", "keep": 0, "keep_every": 90, "asynchronous": False, "ranks_per_file": 4,
+                   "compression": "blosc2-lz4"},
+    "stability": {"spike": 8.0, "on_spike": "rollback", "check_replicas_every": 7},
+    "health": {"step_limit_s": 2.5},
     "machine": {"gpu": "A100", "nodes": 3, "gpus_per_node": 4, "mtbf_h": 77.5},
     "submit": {"walltime_min": 5, "partition": "gpu", "account": "p#1", "mpi": "pmix", "cpus_per_task": 6,
                "exclude": ("n1", "n2"), "setup": ("module load x", "export A='b\tc'"), "constraint": "ib&a100",
-               "gres": "gpu:a100", "container": "apptainer exec a.sif", "max_walltime_min": 60, "stage_env": True,
-               "local_dir": "/scratch", "elastic": True, "retries": 0},
+               "price_per_gpu_hour": 2.5,
+               "gres": "gpu:a100", "container": "apptainer exec a.sif", "stage_env": "/scratch",
+               "elastic": True, "retries": 0},
 }
 
 
@@ -186,8 +188,8 @@ def test_overrides_that_are_none(words: list[str], message: str) -> None:
      'layout.recompute: is "ful", must be one of none, selective, full; did you mean full?'),
     ({"train": {"precision": "bfloat16"}},
      'train.precision: is "bfloat16", must be one of fp64, fp32, bf16, fp16; did you mean bf16?'),
-    ({"layout": {"zero": 3}}, "layout.zero: is 3, must be one of 0, 1; known: 0, 1"),
-    ({"layout": {"zero": True}}, "layout.zero: is true, must be one of 0, 1; known: 0, 1"),
+    ({"layout": {"zero": 4}}, "layout.zero: is 4, must be one of 0, 1, 2, 3; known: 0, 1, 2, 3"),
+    ({"layout": {"zero": True}}, "layout.zero: is true, must be one of 0, 1, 2, 3; known: 0, 1, 2, 3"),
 ])
 def test_a_wrong_word_is_answered_with_the_right_one(tables: dict[str, Any], message: str) -> None:
     assert str(refused(tables)) == message
@@ -229,6 +231,7 @@ def test_the_least_legal_value_is_legal_and_what_lies_below_is_not(table: str, f
 
 
 def test_there_are_at_most_100_options_in_all() -> None:
+    """A flag of several commands counts once, and so does one that stands for an option of the job file."""
     def flags(parser: argparse.ArgumentParser) -> list[str]:
         found = []
         for action in parser._actions:
@@ -241,7 +244,8 @@ def test_there_are_at_most_100_options_in_all() -> None:
 
     command_line = flags(_parser())
     assert "train --run" in command_line and "data build --out" in command_line
-    assert len(FIELDS) + len(command_line) <= 100
+    own = {flag.rpartition(" ")[2] for flag in command_line} - {f"--{f.name}" for _, f in FIELDS}
+    assert len(FIELDS) + len(own) <= 100
 
 
 def test_every_option_is_listed_with_its_meaning() -> None:

@@ -103,6 +103,7 @@ def test_nearest_names_the_neighbours(wanted: int, legal: list[int], said: str) 
     ({"model": {"seq": 9}}, None),
     ({"layout": {"cp": 2}}, "layout.cp: is 2, but this version only runs cp = 1; write cp = 1"),
     ({"layout": {"ep": 2}}, "layout.ep: is 2, but this version only runs ep = 1; write ep = 1"),
+    ({"layout": {"zero": 2}}, "layout.zero: is 2, but this version only runs zero = 1; write zero = 1"),
     ({"layout": {"chunks": 2}}, "layout.chunks: is 2, but 1f1b has 1 a rank; write chunks = 1"),
     ({"layout": {"schedule": "zbv", "pp": 2}}, "layout.chunks: is 1, but zbv has 2 a rank; write chunks = 2"),
     ({"layout": {"schedule": "interleaved", "pp": 2}},

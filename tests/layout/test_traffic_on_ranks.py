@@ -8,6 +8,7 @@ import pytest
 
 from hpcpar.comm import mpi_backend
 from hpcpar.comm.groups import open_groups
+from hpcpar.config.ramp import batch_size
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.traffic import Call, Traffic
 from hpcpar.parallel.build import build, initialise
@@ -17,6 +18,8 @@ from tests.parity.jobs import all_pairs, job_of, name_of, random_tokens
 
 pytestmark = pytest.mark.mpi
 EIGHT = [c for c in all_pairs() if c["mesh"][0] * c["mesh"][1] * c["mesh"][2] == 8][::4]
+CHUNKED = [{**EIGHT[0], "mesh": mesh, "schedule": schedule} for mesh, schedule in
+           [((2, 2, 2), "interleaved"), ((1, 4, 2), "zbv"), ((2, 4, 1), "dualpipev"), ((1, 2, 4), "breadth-first")]]
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def by_group(calls):
     return dict(found)
 
 
-@pytest.mark.parametrize("choice", EIGHT, ids=name_of)
+@pytest.mark.parametrize("choice", EIGHT + CHUNKED, ids=name_of)
 def test_a_step_issues_exactly_these_calls(world, issued, choice):
     layout = Layout(job_of(choice))
     groups = open_groups(layout.mesh, world.rank)
@@ -62,7 +65,7 @@ def test_a_step_issues_exactly_these_calls(world, issued, choice):
     issued.clear()
     train_step(Trainee(layout, groups, pipeline, optimizer, world.device), Progress(),
                random_tokens(choice["vocab"], 8))
-    num_microbatches = choice["accumulation"]
+    num_microbatches = batch_size(layout.job, 0) // (layout.mesh.dp_size * layout.job.train.microbatch)
     foretold = Traffic(layout, groups.at).step(layout.program(groups.at.pp_rank, num_microbatches))
     groups.close()
     assert by_group(issued) == by_group(foretold)

@@ -147,16 +147,16 @@ class Place:
         files = [*self.folder.glob("slurm-*.out"), *self.run.glob("submit/*.out")]
         return "\n".join(f"== {path}\n{path.read_text()}" for path in files)
 
-    def until(self, holds: Callable[[], bool], limit_s: float = 40) -> None:
+    def until(self, holds: Callable[[], bool], limit_s: float = 90) -> None:
         end = time.monotonic() + limit_s
         while not holds():
             assert time.monotonic() < end, self.call("scontrol", "show", "jobs") + self.logs()
             time.sleep(0.1)
 
-    def until_state(self, job_id: str, *states: str, limit_s: float = 40) -> None:
+    def until_state(self, job_id: str, *states: str, limit_s: float = 90) -> None:
         self.until(lambda: self.state(job_id) in states, limit_s)
 
-    def until_completed_again(self, job_id: str, limit_s: float = 40) -> None:
+    def until_completed_again(self, job_id: str, limit_s: float = 90) -> None:
         """Wait for a requeued job; Slurm waits two minutes, and sets them anew when the old step has ended."""
         time.sleep(2)  # a node refuses credentials of the second in which it was told to end the job
 

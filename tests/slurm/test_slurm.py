@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import pickletools
+import subprocess
 import sys
+import sysconfig
 
 import pytest
 
@@ -12,6 +14,7 @@ from hpcpar.config.load import load_job
 from hpcpar.errors import UserError
 from hpcpar.submit.slurm import submit
 from hpcpar.submit.tasks import TrainTask
+from tests.slurm.conftest import CLUSTER
 
 pytestmark = pytest.mark.slurm
 
@@ -113,6 +116,38 @@ def test_where_requeue_is_refused_a_follow_up_job_goes_on(place, way):
     assert place.shown(follow_up)["NumNodes"] == "2" and place.shown(follow_up)["TimeLimit"] == "00:05:00"
 
 
+@pytest.mark.parametrize("mode", ["requeued", "cancelled"])
+def test_a_preempted_job_saves_and_goes_on(place, mode):
+    place.run.mkdir(mode=0o700)
+    (place.run / "wait").touch()
+    job_id = place.submit(["--submit.partition", mode])
+    place.until(lambda: len(place.told()) == 4)
+    urgent = place.call("sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 1").strip()
+    place.until(lambda: len(list(place.run.glob("signalled-*"))) == 4)
+    place.until_state(urgent, "COMPLETED")
+    place.until_completed_again(job_id)
+    assert [rank["world"] for rank in place.told(1)] == [WORLD] * 4 and not (place.run / "submit/bad-nodes").exists()
+
+
+@pytest.mark.long
+def test_a_job_that_loses_a_node_goes_on_without_it(place):
+    place.run.mkdir(mode=0o700)
+    (place.run / "wait").touch()
+    job_id = place.submit()
+    place.until(lambda: len(place.told()) == 4)
+    node = json.loads((place.run / "submit/starts.jsonl").read_text())["nodes"][1]
+    place.call(CLUSTER, "node-kill", node)
+    try:
+        place.until(lambda: place.shown(job_id)["Restarts"] == "1")
+        place.until_completed_again(job_id)
+    finally:
+        subprocess.run([CLUSTER, "node-start", node], env=place.environment, check=True)
+    assert (place.run / "submit/bad-nodes").read_text().startswith(f"{node} Slurm says DOWN")
+    assert node not in json.loads((place.run / "submit/starts.jsonl").read_text().splitlines()[-2])["nodes"]
+    assert f"{node} let this run down" in place.logs() and len(place.told(1)) == 4
+    place.until(lambda: place.call("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip() == "idle")
+
+
 # The first time, rank 2 is killed in step 3, as its host's witness would tell it.
 DYING = """
 import json, os, pathlib, sys, time
@@ -174,6 +209,9 @@ def test_a_job_waits_for_the_one_that_it_depends_on(place):
                         f"print(submit(pathlib.Path('job.toml'), [], pathlib.Path('next'), os.environ, "
                         f"Request(depend='{first}')).job_id)").strip()
     assert place.shown(second)["Dependency"].startswith(f"afterany:{first}")
+    place.until(lambda: len(place.told()) == 4)
+    with pytest.raises(AssertionError, match=rf"job {first} runs in it; give --depend {first}"):
+        place.submit()
     place.call("scancel", first, second)
     place.until_state(first, "CANCELLED")
 
@@ -219,6 +257,26 @@ def test_a_pickle_that_others_can_write_is_not_loaded(place):
     (place.run / f"submit/{job_id}_submitted.pkl").chmod(0o666)
     place.until_state(job_id, "FAILED")
     assert "can be written by others" in place.logs() and not place.told()
+
+
+def test_the_environment_is_unpacked_once_a_node_and_used(place):
+    """A small environment that finds its packages in ours; all four nodes' disks are one here."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place.folder / "venv"], check=True)
+    site = next((place.folder / "venv").glob("lib/python3*/site-packages"))
+    (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (place.source / "hpcpar/cli.py").write_text("import os, pathlib, sys\ndef main(words):\n"
+                                                "    run = pathlib.Path(words[words.index('--run') + 1])\n"
+                                                "    (run / os.environ['SLURM_PROCID']).write_text(sys.prefix)\n")
+    local = place.folder / "disk"
+    place.environment |= {"USER": "me", "SCRATCH": str(local)}
+    job_id = place.call(place.folder / "venv/bin/python", "-c", "import os, pathlib\n"
+                        "from hpcpar.submit.slurm import submit\n"
+                        "print(submit(pathlib.Path('job.toml'), ['--submit.stage_env', "
+                        "'$SCRATCH'], pathlib.Path('run'), os.environ).job_id)").strip()
+    place.until_state(job_id, "COMPLETED")
+    unpacked, = (local / "hpcpar-me").iterdir()
+    assert unpacked.name == next((place.folder / ".environments").iterdir()).stem
+    assert {(place.run / str(rank)).read_text() for rank in range(4)} == {str(unpacked)}
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -1,16 +1,19 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
+import hpcpar
 from hpcpar.config.job import Job
-from hpcpar.config.load import override
+from hpcpar.config.load import load_job, override
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
+from hpcpar.planner.plan import make_plan
 from hpcpar.submit import ask
 from hpcpar.submit.preflight import check
-from hpcpar.submit.spec import resolve_for_nodes
+from hpcpar.submit.spec import fewest_nodes, for_fewer_nodes, resolve_for_nodes
 
 
 @pytest.fixture
@@ -52,11 +55,6 @@ def test_the_time_limit_that_is_named_would_do(folder):
     assert "starts of" in check(job(walltime_min=minutes), folder)[0]
 
 
-def test_the_cluster_profiles_own_limit(folder):
-    with pytest.raises(UserError, match="120 minutes, but the cluster gives 90; write walltime_min = 90"):
-        check(job(walltime_min=120, max_walltime_min=90), folder)
-
-
 @pytest.mark.parametrize("line", ["export HF_TOKEN=hf_x", "WANDB_API_KEY='abc' true", "export DB_PASSWORD=x"])
 def test_a_secret_in_the_job_is_refused(folder, line):
     with pytest.raises(UserError, match="would be kept in the run folder"):
@@ -84,3 +82,35 @@ def test_a_slurm_that_hangs_is_none(tmp_path, monkeypatch):
     assert ask.partitions() is None and ask.max_array_size() == 1001
     with pytest.raises(subprocess.TimeoutExpired):  # it would have hung
         subprocess.run(["scontrol"], timeout=0.2, check=False)
+
+
+def yuan(**layout):
+    wish = load_job(Path(hpcpar.__file__).parent.parent / "jobs/yuan-245b.toml", ["--submit.walltime_min", "1440"])
+    return resolve_for_nodes(override(wish, layout=layout))
+
+
+def test_what_does_not_fit_is_refused_with_changes_that_do(folder):
+    tight = override(yuan(recompute="none", pp=19, dp=14), train={"microbatch": 4})
+    assert "starts of 1d00h" in check(yuan(), folder)[0]
+    with pytest.raises(UserError, match=r"machine.gpu: a rank of stage \d+ needs \d+\.\d GiB at dp 14") as no:
+        check(tight, folder)
+    assert "--layout.recompute full: " in no.value.fix
+    assert check(override(tight, layout={"recompute": "full"}), folder)
+
+
+def test_the_planners_step_is_held_against_the_time_limit(folder):
+    with pytest.raises(UserError, match=r"a step takes \d+\.\d s, but the signal comes only 30.0 s before the end"):
+        check(override(yuan(), submit={"walltime_min": 1}), folder)
+    measured(folder, 1.0)  # what was seen is stronger than what was foretold
+    assert "starts of" in check(override(yuan(), submit={"walltime_min": 30}), folder)[0]
+
+
+def test_an_elastic_job_must_fit_at_its_smallest_dp(folder):
+    elastic = override(yuan(), submit={"elastic": True})
+    full, smallest = (make_plan(job).memory[0].total / 2**30
+                      for job in (elastic, for_fewer_nodes(elastic, fewest_nodes(elastic))))
+    between = folder.path / "gpu.toml"
+    between.write_text(f'base = "a100-80g"\n[chip]\nreserved_gib = 0.0\nmemory_gib = {(full + smallest) / 2}\n')
+    assert check(override(yuan(), machine={"gpu": str(between)}), folder)
+    with pytest.raises(UserError, match="at dp 4"):
+        check(override(elastic, machine={"gpu": str(between)}), folder)

@@ -29,10 +29,12 @@ def unpack(archive, folder):
 
 
 def test_an_environment_is_packed_once_and_runs_from_where_it_is_unpacked(tmp_path, prefix):
-    staged = stage(Submit(stage_env=True, local_dir="$SCRATCH"), tmp_path)
+    staged = stage(Submit(stage_env="$SCRATCH"), tmp_path, dry_run=True)
+    assert not (tmp_path / ".environments").exists()
+    assert stage(Submit(stage_env="$SCRATCH"), tmp_path) == staged
     archive, = (tmp_path / ".environments").iterdir()
     written = archive.stat().st_mtime_ns
-    assert stage(Submit(stage_env=True, local_dir="$SCRATCH"), tmp_path) == staged
+    assert stage(Submit(stage_env="$SCRATCH"), tmp_path) == staged
     assert archive.stat().st_mtime_ns == written and (tmp_path / ".environments").stat().st_mode & 0o777 == 0o700
     assert staged.python == f'"$SCRATCH/hpcpar-$USER"/{archive.stem}/bin/python'
     local = tmp_path / "local"
@@ -46,16 +48,16 @@ def test_an_environment_is_packed_once_and_runs_from_where_it_is_unpacked(tmp_pa
 
 
 def test_a_changed_package_makes_another_archive(tmp_path, prefix):
-    stage(Submit(stage_env=True), tmp_path)
+    stage(Submit(stage_env="/tmp"), tmp_path)
     (next(prefix.glob("lib/python3*/site-packages")) / "new.py").touch()
-    stage(Submit(stage_env=True), tmp_path)
+    stage(Submit(stage_env="/tmp"), tmp_path)
     assert len(list((tmp_path / ".environments").iterdir())) == 2
 
 
 def test_a_folder_of_somebody_else_is_not_unpacked_into(tmp_path, prefix):
     if os.geteuid() != 0:
         pytest.skip("only root can give a folder away")
-    stage(Submit(stage_env=True), tmp_path)
+    stage(Submit(stage_env="/tmp"), tmp_path)
     archive, = (tmp_path / ".environments").iterdir()
     (tmp_path / "local").mkdir()
     os.chown(tmp_path / "local", 12345, 12345)
@@ -64,8 +66,8 @@ def test_a_folder_of_somebody_else_is_not_unpacked_into(tmp_path, prefix):
 
 def test_what_cannot_be_staged_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"has no use with submit\.container"):
-        stage(Submit(stage_env=True, container="apptainer exec x.sif"), tmp_path)
+        stage(Submit(stage_env="/tmp", container="apptainer exec x.sif"), tmp_path)
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     with pytest.raises(UserError, match="is the system's Python"):
-        stage(Submit(stage_env=True), tmp_path)
+        stage(Submit(stage_env="/tmp"), tmp_path)
     assert stage(Submit(container="apptainer exec x.sif"), tmp_path).python == "apptainer exec x.sif python3"

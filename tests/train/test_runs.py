@@ -45,10 +45,10 @@ def test_one_process_trains_stops_shows_and_generates(place, capsys):
     assert cli.main(["show", str(run), "--plot"]) == 0
     assert (run / "loss.png").stat().st_size > 5000 and (run / "timeline.png").stat().st_size > 5000
     capsys.readouterr()
-    assert cli.main(["generate", str(run), "--prompt", "rank stage", "--tokens", "8", "--temperature", "0"]) == 0
+    assert cli.main(["generate", str(run), "rank stage", "--tokens", "8"]) == 0
     first = capsys.readouterr().out
     assert first.startswith("rank stage")
-    assert cli.main(["generate", str(run), "--prompt", "rank stage", "--tokens", "8", "--temperature", "0"]) == 0
+    assert cli.main(["generate", str(run), "rank stage", "--tokens", "8"]) == 0
     assert capsys.readouterr().out == first
     assert cli.main(["train", job, "--run", str(run)]) == 0  # nothing left to do
 

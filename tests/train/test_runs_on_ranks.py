@@ -18,6 +18,7 @@ from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.loop import start_run, train
 from hpcpar.train.metrics import read_metrics
 from hpcpar.train.preflight import open_order
+from hpcpar.train.state import FIRST_LOSS_SCALE
 from tests.train.small import make_job, make_store
 
 pytestmark = pytest.mark.mpi
@@ -60,7 +61,8 @@ def test_stop_and_resume_at_other_layouts_equals_an_uninterrupted_run(world, sto
     whole.create()
     world.control.barrier()
     assert run_once(world, make_job(store, layout={"tp": 2, "pp": 2}), whole)[0]
-    pieces = [({"tp": 2, "pp": 2}, 2), ({"tp": 1, "pp": 2, "zero": 0}, 4), ({"tp": 4, "pp": 1, "schedule": "gpipe"}, 6)]
+    pieces = [({"tp": 2, "pp": 2}, 2), ({"tp": 1, "pp": 2, "zero": 0, "schedule": "zbv", "chunks": 2}, 4),
+              ({"tp": 4, "pp": 2, "schedule": "interleaved", "chunks": 2}, 6)]
     for layout, steps in pieces:
         assert run_once(world, make_job(store, layout=layout, train={"steps": steps}), folder)[0]
     if world.rank == 0:
@@ -87,10 +89,10 @@ def test_bit_equal_resume_at_the_same_layout(world, store, folder):
 def test_a_stop_file_saves_and_stops(world, store, folder, monkeypatch):
     original = ShardedOptimizer.begin
 
-    def begin(self):
+    def begin(self, num_microbatches):
         if world.rank == 0:  # who has looked for the file already, in this step
             folder.stop.touch()
-        original(self)
+        original(self, num_microbatches)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardedOptimizer, "begin", begin)
@@ -140,10 +142,10 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(world, store, folder, monke
     before = []
     original = ShardedOptimizer.update
     monkeypatch.setattr(ShardedOptimizer, "update", lambda self, *a: (before.append(a[1]), original(self, *a))[1])
-    job = make_job(store, layout={"tp": 2, "pp": 2}, train={"precision": precision}, optim={"loss_scale": 64.0})
+    job = make_job(store, layout={"tp": 2, "pp": 2}, train={"precision": precision})
     done, run = run_once(world, job, folder)
     assert done and before == [0, 1, 2, 3, 4] and run.progress.updates == 5 and run.progress.step == 6
-    assert run.progress.loss_scale == (32.0 if precision == "fp16" else 1.0)
+    assert run.progress.loss_scale == (FIRST_LOSS_SCALE / 2 if precision == "fp16" else 1.0)
     everyones = world.control.all_gather(run.progress.as_dict())
     assert all(progress == everyones[0] for progress in everyones)
     for shards in run.trainee.optimizer.shards().values():
@@ -154,8 +156,9 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(world, store, folder, monke
 
 def test_endless_nans_end_the_run_alike(world, store, folder, monkeypatch):
     poison(monkeypatch, world, 3, range(100))
-    job = make_job(store, layout={"tp": 2, "pp": 2}, train={"max_skips": 2})
-    with pytest.raises(RunError, match="not finite for 3 steps in a row"):
+    monkeypatch.setattr("hpcpar.train.loop.MAX_BAD_STEPS", 2)
+    job = make_job(store, layout={"tp": 2, "pp": 2})
+    with pytest.raises(RunError, match="not finite: 3 bad steps in a row"):
         run_once(world, job, folder)
     assert latest_set(folder.checkpoints) is None
 

@@ -18,7 +18,13 @@ from hpcpar.train.stability import distrust, remember, robust_z
 from hpcpar.train.state import Progress
 from hpcpar.train.straggler import Stragglers
 
-WISH = Stability(spike=8.0, window=20)
+WISH = Stability(spike=8.0)
+
+
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch):
+    monkeypatch.setattr("hpcpar.train.stability.WINDOW", 20)
+
 
 
 def seasoned(seed: int = 0) -> Progress:

@@ -35,12 +35,17 @@ def spoil(monkeypatch, world, scale_at=0, overflow_at=0, rank=5):
     monkeypatch.setattr(ShardedOptimizer, "finish_reduction", finish_reduction)
 
 
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch):
+    monkeypatch.setattr("hpcpar.train.stability.WINDOW", 10)
+
+
 def long_job(store, **stability):  # noqa: F811
     return make_job(store, layout={"tp": 2, "pp": 2}, checkpoint={"every": 10},
                     model={"dropout": 0.0, "layers": 2, "hidden": 16},
                     train={"steps": STEPS, "precision": "fp32", "microbatch": 4}, data={"validate_every": 0},
                     optim={"lr": 0.001, "decay_steps": STEPS, "clip": 0.0, "betas": [0.9, 0.999]},
-                    stability={"window": 10, "check_replicas_every": 5, **stability})
+                    stability={"check_replicas_every": 5, **stability})
 
 
 def last_losses(folder):  # noqa: F811

@@ -35,6 +35,5 @@ def draw_stale(name: str, num_ranks: int, num_microbatches: int) -> str:
     """Draw three steps of a pipeline without flush, and tell how old its weights are."""
     lines = [draw(stream(num_ranks, num_microbatches, 3)), ""]
     for rank, (versions, delay) in enumerate(staleness(name, num_ranks, num_microbatches)):
-        lines.append(f"stage {rank:<3}keeps {versions} versions of its weights; gradients are of weights {delay} "
-                     "updates old")
+        lines.append(f"stage {rank:<3}keeps {versions} versions of its weights; gradients are {delay} behind")
     return "\n".join([*lines, f"{name} is on paper only: hpcpar does not play what differs from one process"])

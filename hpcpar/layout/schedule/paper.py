@@ -51,14 +51,10 @@ def play_on_paper(schedule: Schedule, duration: Callable[[Action], float],
                 if done in waiting:
                     runnable.append(waiting.pop(done))
     if waiting:
-        stuck = ", ".join(f"rank {r} at {schedule.orders[r][position[r]]} for {a}" for a, r in sorted_by_rank(waiting))
-        raise HpcparError(f"schedule deadlocks: {stuck}")
+        stuck = sorted((rank, need) for need, rank in waiting.items())  # a rank waits for one thing at a time
+        said = ", ".join(f"rank {rank} at {schedule.orders[rank][position[rank]]} for {need}" for rank, need in stuck)
+        raise HpcparError(f"schedule deadlocks: {said}")
     return spans
-
-
-def sorted_by_rank(waiting: dict[Action, int]) -> list[tuple[Action, int]]:
-    """Sort what is waited for by the rank that waits."""
-    return sorted(waiting.items(), key=lambda item: item[1])
 
 
 def ticks(schedule: Schedule) -> Callable[[Action], float]:

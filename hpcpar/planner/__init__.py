@@ -1,0 +1,1 @@
+"""Foretelling: parameters, FLOPs, memory, time, money and the best layout of a job, with no process started."""

@@ -1,0 +1,224 @@
+"""How long a step takes: chunks priced from shapes, the pipeline played, gradients summed, weights updated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from hpcpar.config.job import Job, required
+from hpcpar.layout.schedule import place_chunks
+from hpcpar.layout.stages import split_layers
+from hpcpar.planner.compute import Cut, Seconds, ends_time, layer_time
+from hpcpar.planner.hardware import Machine
+from hpcpar.planner.memory import ELEMENT_BYTES, Memory, stage_memory
+from hpcpar.planner.network import gather_s, message_s, ring
+from hpcpar.planner.params import Counts, rank_counts
+from hpcpar.planner.practice import TRAINER, Practice
+from hpcpar.planner.timeline import held, pipeline_s, steady_step_s
+
+BESIDE = 0.10  # of the time of an exchange that runs beside products: what it takes from their multiprocessors
+TAIL = 0.1  # of the last backward: its gradients come too late for their sum to be hidden
+
+
+@dataclass(frozen=True)
+class ChunkTime:
+    """One chunk's work on one microbatch."""
+
+    forward: Seconds
+    backward: Seconds
+
+    @property
+    def total(self) -> float:
+        """Both directions."""
+        return self.forward.total + self.backward.total
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step's length and where it goes: `parts` of the busiest rank add up to `total`."""
+
+    total: float
+    bubble: float  # idle time over work of the busiest pipeline rank
+    parts: dict[str, float]
+    hidden: dict[str, float]  # communication that runs beside computation
+
+
+def chunk_layers(num_layers: int, chunk_ranks: tuple[int, ...], practice: Practice = TRAINER) -> tuple[int, ...]:
+    """Return how many layers each chunk of the network holds, in order."""
+    if practice.embedding_is_a_layer:
+        places = split_layers(num_layers + 2, chunk_ranks)
+        return tuple(len(p) - (p.start == 0) - (p.stop == num_layers + 2) for p in places)
+    if practice.ceil_split:
+        each = -(-num_layers // len(chunk_ranks))
+        return tuple(max(0, min(each, num_layers - i * each)) for i in range(len(chunk_ranks)))
+    return tuple(len(p) for p in split_layers(num_layers, chunk_ranks))
+
+
+class Pricing:
+    """Prices one resolved job on one machine, as one practice carries it out."""
+
+    def __init__(self, job: Job, machine: Machine, practice: Practice = TRAINER):
+        self.job, self.machine, self.practice = job, machine, practice
+        wish, train = job.layout, job.train
+        self.dp = required(wish.dp)
+        self.num_microbatches = train.global_batch // (self.dp * train.microbatch)
+        self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.sequence_parallel and wish.tp > 1,
+                       train.precision)
+        self.dp_ring = ring(machine, self.dp * wish.cp, wish.tp)
+        self.chunk_ranks = place_chunks(wish.schedule, wish.pp, wish.chunks)
+        self.layers = chunk_layers(job.model.layers, self.chunk_ranks, practice)
+
+    @cached_property
+    def chunks_by_rank(self) -> list[list[int]]:
+        """The chunks that each pipeline rank holds."""
+        mine: list[list[int]] = [[] for _ in range(self.job.layout.pp)]
+        for chunk, rank in enumerate(self.chunk_ranks):
+            mine[rank].append(chunk)
+        return mine
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Elements of a tp rank."""
+        return rank_counts(self.job.model, self.job.layout.tp)
+
+    @cached_property
+    def chunks(self) -> list[ChunkTime]:
+        """Each chunk's time for one microbatch, in the network's order."""
+        last = len(self.layers) - 1
+        known: dict[tuple[int, bool, bool], ChunkTime] = {}
+        for i, num in enumerate(self.layers):
+            if (num, i == 0, i == last) not in known:
+                known[num, i == 0, i == last] = self._chunk(num, i == 0, i == last)
+        return [known[num, i == 0, i == last] for i, num in enumerate(self.layers)]
+
+    def _chunk(self, num_layers: int, first: bool, last: bool) -> ChunkTime:
+        layer = layer_time(self.cut, self.machine, self.practice, self.job.layout.recompute)
+        forward = Seconds().plus(layer.forward, num_layers)
+        backward = Seconds().plus(layer.backward.plus(layer.again), num_layers)
+        if first or last:
+            look_up, scatter, head, head_back = ends_time(self.cut, self.machine, self.practice)
+            if first:
+                forward, backward = forward.plus(look_up), backward.plus(scatter)
+            if last:
+                forward, backward = forward.plus(head), backward.plus(head_back)
+        accumulated = self.practice.accumulate_bytes * self.counts.stage(num_layers, first, last)
+        backward = backward.plus(Seconds(elementwise=accumulated / self.machine.chip.bytes_per_s))
+        if self.job.layout.zero == 3 and self.dp_ring.size > 1:
+            element = ELEMENT_BYTES[self.cut.precision]
+            gather = num_layers * gather_s(self.machine, self.dp_ring, element * self.counts.layer)
+            reduce = num_layers * gather_s(self.machine, self.dp_ring, self._grad_bytes * self.counts.layer)
+            forward = forward.plus(Seconds(data=_exposed(gather, forward.total)))
+            backward = backward.plus(Seconds(data=_exposed(gather + reduce, backward.total)))
+        if self.job.layout.pp > 1:
+            waits = Seconds(pipeline=self.practice.blocking_messages / 2 * self.boundary_s)
+            forward, backward = forward.plus(waits), backward.plus(waits)
+        return ChunkTime(forward, backward)
+
+    @property
+    def _grad_bytes(self) -> int:
+        return self.practice.grad_bytes if self.cut.element == 2 else self.cut.element
+
+    @cached_property
+    def boundary_s(self) -> float:
+        """A message between neighbouring pipeline ranks."""
+        cut, wish = self.cut, self.job.layout
+        num_bytes = cut.tokens * cut.model.hidden * cut.element
+        # neighbours are tp x cp x dp ranks apart
+        inside = wish.pp * wish.tp * wish.cp * self.dp <= self.machine.inside.devices
+        if cut.sequence_parallel:
+            return message_s(self.machine, num_bytes / cut.tp, inside)
+        if self.practice.scatters_messages and cut.tp > 1:
+            return (message_s(self.machine, num_bytes / cut.tp, inside)
+                    + gather_s(self.machine, ring(self.machine, cut.tp, 1), num_bytes))
+        return message_s(self.machine, num_bytes, inside)
+
+    def rank_numel(self, rank: int) -> int:
+        """Elements that a rank holds; a tied embedding once, even where the first and the last chunk meet."""
+        mine, last = self.chunks_by_rank[rank], len(self.layers) - 1
+        return self.counts.stage(sum(self.layers[c] for c in mine), 0 in mine, last in mine)
+
+    def step(self, quick: bool = False) -> StepTime:
+        """Price the whole step; `quick` takes 1F1B's closed form and the bubble by formula for the others."""
+        wish, m, chunks = self.job.layout, self.num_microbatches, self.chunks
+        both = [c.total for c in chunks]
+        work = [m * sum(both[c] for c in mine) for mine in self.chunks_by_rank]
+        busiest = max(range(wish.pp), key=work.__getitem__)
+        length = self._quick_pipeline_s(work) if quick else self._pipeline_s()
+        kinds = Seconds()
+        for c in self.chunks_by_rank[busiest]:
+            kinds = kinds.plus(chunks[c].forward, m).plus(chunks[c].backward, m)
+        exposed, hidden, gathered = self._data_s(busiest)
+        parts = dict(kinds._asdict())
+        parts["data"] += exposed + gathered
+        parts |= {"bubble": length - work[busiest], "tied": self._tied_s(), "optimizer": self._update_s(busiest)}
+        return StepTime(sum(parts.values()), parts["bubble"] / work[busiest], parts, {"data": hidden})
+
+    def _pipeline_s(self) -> float:
+        wish = self.job.layout
+        return pipeline_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks,
+                          [c.forward.total for c in self.chunks], [c.backward.total for c in self.chunks],
+                          self.boundary_s if wish.pp > 1 else 0.0)
+
+    def _quick_pipeline_s(self, work: list[float]) -> float:
+        """The length within a few per cent, for comparing thousands of layouts."""
+        wish, m = self.job.layout, self.num_microbatches
+        if wish.pp == 1:
+            return work[0]
+        if wish.chunks == 1 and wish.schedule in ("1f1b", "gpipe"):
+            return steady_step_s([c.forward.total for c in self.chunks], [c.backward.total for c in self.chunks], m,
+                                 self.boundary_s)
+        fill = (wish.pp - 1) / wish.chunks * sum(work) / wish.pp / m
+        if wish.schedule in ("zero-bubble", "zbv", "dualpipev"):
+            fill /= 3 if wish.schedule == "zero-bubble" else 6
+        return max(work) + fill + 2 * (wish.pp - 1) * self.boundary_s
+
+    def _data_s(self, rank: int) -> tuple[float, float, float]:
+        """Sum of gradients over dp (exposed, hidden), and the gathering of new weights."""
+        wish, group = self.job.layout, self.dp_ring
+        if group.size == 1 or wish.zero == 3:
+            return 0.0, 0.0, 0.0
+        numel = self.rank_numel(rank)
+        reduce = gather_s(self.machine, group, numel * self._grad_bytes)
+        gather = gather_s(self.machine, group, numel * ELEMENT_BYTES[self.cut.precision])
+        if wish.zero == 0 or self.practice.reduces_whole:
+            reduce *= 2
+        if wish.zero == 2:  # a rank keeps only its shard between microbatches, so that each of them is reduced
+            reduce *= self.num_microbatches
+        hidden = 0.0
+        if self.practice.overlaps_reduction:
+            backward = sum(self.chunks[c].backward.total for c in self.chunks_by_rank[rank])
+            hidden = min(reduce, (1 - TAIL) * backward * (self.num_microbatches if wish.zero == 2 else 1))
+        return reduce - hidden + BESIDE * hidden, hidden, gather if wish.zero else 0.0
+
+    def _update_s(self, rank: int) -> float:
+        """Norm, clipping and AdamW on the owned shard."""
+        owned = self.rank_numel(rank) / (self.dp_ring.size if self.job.layout.zero else 1)
+        chip = self.machine.chip
+        return self.practice.adam_traffic * owned / chip.bytes_per_s + 100 * chip.launch_us * 1e-6
+
+    def _tied_s(self) -> float:
+        """The gradient of an embedding tied across the first and the last stage."""
+        if self.chunk_ranks[0] == self.chunk_ranks[-1] or not self.job.model.tied:
+            return 0.0
+        return message_s(self.machine, self.counts.token_embedding * self._grad_bytes, inside=False)
+
+    def memory(self, numel: list[int] | None = None) -> list[Memory]:
+        """Return each pipeline rank's memory; `numel` are the exact lengths of its buckets, where they are at hand."""
+        return [self.rank_memory(rank, numel[rank] if numel else None) for rank in range(self.job.layout.pp)]
+
+    def rank_memory(self, rank: int, numel: int | None = None) -> Memory:
+        """Return a pipeline rank's memory."""
+        wish, mine, last = self.job.layout, self.chunks_by_rank[rank], len(self.layers) - 1
+        flying = held(wish.schedule, wish.pp, self.num_microbatches, wish.chunks)
+        return stage_memory(self.job, sum(self.layers[c] for c in mine), numel or self.rank_numel(rank), flying[rank],
+                            0 in mine, last in mine, self.practice)
+
+    def least_memory_bytes(self) -> float:
+        """Return the most of the first two and the last rank: one of them is the fullest, or near it."""
+        ranks = {0, min(1, self.job.layout.pp - 1), self.job.layout.pp - 1}
+        return max(self.rank_memory(rank).total for rank in ranks)
+
+
+def _exposed(exchange: float, beside: float) -> float:
+    """What an exchange adds to computation that it runs beside."""
+    return max(0.0, exchange - beside) + BESIDE * min(exchange, beside)

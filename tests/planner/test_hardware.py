@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hpcpar.errors import UserError
+from hpcpar.planner.hardware import known_machines, load_machine, machine_from_tables, machine_toml
+from hpcpar.planner.kernels import product_s
+
+
+def test_the_machines_that_people_have_are_known() -> None:
+    assert {"v100-32g", "a100-40g", "a100-80g", "h100-80g", "h200", "b200", "gb200", "ascend-910",
+            "cpu"} <= set(known_machines())
+
+
+@pytest.mark.parametrize("name", known_machines())
+def test_a_machine_survives_its_toml_and_names_its_sources(name: str) -> None:
+    machine = load_machine(name)
+    again = machine_from_tables(name, tomllib.loads(machine_toml(machine)))
+    assert dataclasses.asdict(again) == dataclasses.asdict(machine)
+    assert machine.source and all(len(line) > 20 for line in machine.source)
+
+
+@pytest.mark.parametrize("name", [n for n in known_machines() if load_machine(n).matmul.measured])
+def test_measured_products_bound_what_is_foretold(name: str) -> None:
+    """Published best-of-many rates are bursts; what is foretold is sustained in training: lower, but not by half."""
+    machine = load_machine(name)
+    for m, n, k, tflops in machine.matmul.measured:
+        foretold = 2 * m * n * k / product_s(machine, int(m), int(n), int(k), "fp16") / 1e12
+        assert 0.55 * tflops < foretold <= 1.02 * tflops, (name, foretold, tflops)
+
+
+def test_a_users_machine_stands_on_a_known_one(tmp_path: Path) -> None:
+    path = tmp_path / "ours.toml"
+    path.write_text('base = "a100-80g"\n[across]\ngb_per_s = 12.5\n', encoding="utf-8")
+    ours, known = load_machine(str(path)), load_machine("a100-80g")
+    assert ours.across.gb_per_s == 12.5
+    assert ours.across.latency_us == known.across.latency_us
+    assert ours.chip == known.chip
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('base = "a100-80g"\n[chip]\nmemory_gib = "x"\n', "chip.memory_gib"),
+    ('base = "a100-80g"\n[chip]\nmemory = 1\n', "did you mean memory_gib?"),
+    ('base = "a100-80g"\n[links]\nx = 1\n', "unknown table"),
+    ("[chip]\nmemory_gib = 80.0\n", "is missing"),
+    ("[chip\n", "is not a machine TOML"),
+])
+def test_a_bad_machine_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        load_machine(str(path))
+
+
+def test_an_unknown_gpu_gets_a_did_you_mean() -> None:
+    with pytest.raises(UserError, match="did you mean a100-80g"):
+        load_machine("a100-80gb")
