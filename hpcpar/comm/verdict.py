@@ -11,7 +11,7 @@ Asked in this order, as each can hide behind the next:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpcpar.comm.recorder import Call
@@ -80,20 +80,20 @@ def _silent(told: Sequence[Testimony]) -> Verdict | None:
 def _missing(told: Sequence[Testimony]) -> Verdict | None:
     """All that are left wait: follow the earliest wait that can be followed."""
     by_rank = {one.rank: one for one in told}
+    absent_of = {one.rank: _absent(one, by_rank) for one in told}
     waits = sorted((one for one in told if one.waiting is not None), key=lambda one: one.waiting.waited)  # type: ignore[union-attr]
     for one in waits:
         call = one.waiting
         assert call is not None
-        absent = [rank for rank in _awaited(call, one.rank)
-                  if rank in by_rank and not _arrived(by_rank[rank], call, one.rank)]
+        absent = absent_of[one.rank]
         if not absent:
             continue
+        if any(by_rank[rank].manner == "working" for rank in _reached(one.rank, absent_of)):
+            return None  # whoever is waited for, perhaps over several ranks, may still come
         if len(absent) > max(1, len(call.ranks) // 2):
             return Verdict(one.rank, "Mismatch", f"made a call that {len(absent)} of {len(call.ranks)} ranks of its "
                            f"group did not make: {call}", call)
         other = by_rank[absent[0]]
-        if other.manner == "working":
-            return None  # it may still come
         place = f"it waits in {other.waiting}" if other.waiting else f"it is {other.manner}"
         return Verdict(other.rank, "Mismatch", f"never made a call that rank {one.rank} waits for: {call}; {place}",
                        other.waiting or (other.calls[-1] if other.calls else None))
@@ -103,6 +103,23 @@ def _missing(told: Sequence[Testimony]) -> Verdict | None:
         return Verdict(one.rank, "Stuck", "every rank has arrived, but the call does not complete (network, driver or "
                        f"library): {call}", call)
     return None
+
+
+def _absent(one: Testimony, by_rank: Mapping[int, Testimony]) -> list[int]:
+    """List the ranks that a waiting rank's call needs and that have not begun it."""
+    call = one.waiting
+    return [] if call is None else [rank for rank in _awaited(call, one.rank)
+                                    if rank in by_rank and not _arrived(by_rank[rank], call, one.rank)]
+
+
+def _reached(rank: int, absent_of: Mapping[int, Sequence[int]]) -> set[int]:
+    """Follow waits: the ranks that a rank waits for, those that these wait for, and so on."""
+    found: set[int] = set()
+    new = list(absent_of[rank])
+    while new:
+        found.update(new)
+        new = [other for one in new for other in absent_of[one] if other not in found]
+    return found
 
 
 def _awaited(call: Call, rank: int) -> list[int]:

@@ -149,3 +149,15 @@ def test_the_main_threads_stack_is_read_from_a_dump() -> None:
     text = ('Thread 0x01 (most recent call first):\n  File "/x/watch.py", line 3 in loop\n\nCurrent thread 0x02 (most '
             'recent call first):\n  File "/a/b.py", line 12 in wait\n  File "/a/c.py", line 7 in <module>\n')
     assert main_stack(text) == ("/a/b.py:12 in wait", "/a/c.py:7 in <module>")
+
+
+def test_who_waits_for_a_rank_that_waits_for_a_busy_one_accuses_nobody() -> None:
+    """Rank 3 is ahead, in its dp group's third call; rank 1 is still in the first, for which busy rank 0 is late."""
+    before = [list(PROGRAM)]
+    told = witnessed({0: before, 1: [*before, [A]], 2: [*before, [A, B, C]], 3: [*before, [A, B, C]]}, (1, 2, 3))
+    ahead = [replace(one, quiet_s=5.0, waiting=one.waiting and replace(one.waiting, waited=-float(one.rank)))
+             for one in told]
+    assert judge(ahead) is None
+    gone = [replace(one, manner="gone") if one.rank == 0 else one for one in ahead]
+    found = judge(gone)
+    assert found is not None and found.error == "Mismatch"
