@@ -11,6 +11,7 @@ finds each of them without HDF5.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -56,9 +57,12 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
 def header_in_memory(build: Callable[[h5py.File], None]) -> int:
     """Return the descriptor of an HDF5 file in memory that `build` has filled; the caller closes it."""
     descriptor = os.memfd_create("hpcpar-hdf5")
-    with (io.FileIO(descriptor, "r+", closefd=False) as sparse,
-          h5py.File(sparse, "w", libver=_LIBVER, track_order=False) as file):
-        build(file)
+    try:
+        with (io.FileIO(descriptor, "r+", closefd=False) as sparse,
+              h5py.File(sparse, "w", libver=_LIBVER, track_order=False) as file):
+            build(file)
+    except AttributeError as error:  # what h5py now and then makes of a write that failed beneath it
+        raise OSError(errno.EIO, f"the header cannot be written to memory ({error})") from error
     return descriptor
 
 

@@ -156,7 +156,7 @@ def test_a_file_too_large(tmp_path: Path, limit: int) -> None:
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "c", "limit", str(limit)], text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("rank 0 (and 1 more ranks): OSError: [Errno 27] File too large") == 2
+    assert done.stdout.count("rank 0 (and 1 more ranks): OSError: [Errno ") == 2, done.stdout
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
