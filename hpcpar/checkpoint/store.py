@@ -61,8 +61,11 @@ def header_in_memory(build: Callable[[h5py.File], None]) -> int:
         with (io.FileIO(descriptor, "r+", closefd=False) as sparse,
               h5py.File(sparse, "w", libver=_LIBVER, track_order=False) as file):
             build(file)
-    except AttributeError as error:  # what h5py now and then makes of a write that failed beneath it
-        raise OSError(errno.EIO, f"the header cannot be written to memory ({error})") from error
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, AttributeError):  # what h5py now and then makes of a write that failed beneath it
+            raise OSError(errno.EIO, f"the header cannot be written to memory ({error})") from error
+        raise
     return descriptor
 
 
