@@ -3,7 +3,7 @@
     srun --ntasks-per-node=1 --mpi=pmi2 python -m hpcpar.probe RUN/submit/nodes          before the ranks start
 
 Each task leaves NODE.json there: first what it can find out alone, then also its clock and links, over MPI. So a node
-that hangs in its driver or in MPI is known by what it did not write. `submit/health` judges.
+that hangs in its driver is known by what it did not write. `submit/health` judges.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 from hpcpar.config.surroundings import Surroundings
 
-MATMUL_S, DISK_S = 0.3, 0.3  # of each measurement, at least one try
-_SIZE = 512  # of a CPU core's matrices
+MATMUL_S, DISK_S = 0.5, 1.0  # of each measurement, at least one try
+_SIZE = 256  # of a CPU core's matrices: a try is shorter than a slice of the scheduler's
 _GPU_SIZE = 8192
 _MESSAGE = 4 << 20  # bytes
 _TRIES = 4
@@ -56,10 +56,10 @@ def _measure_gpus() -> dict[str, float]:
         left, whole = torch.cuda.mem_get_info()
         free.append(left / whole)
         sizes.append(whole / 2**30)
-        a = torch.randn(_GPU_SIZE, _GPU_SIZE, device="cuda").bfloat16()
+        a = torch.randn(_GPU_SIZE, _GPU_SIZE, device="cuda").half()
 
         def multiply(a: torch.Tensor = a) -> None:
-            a @ a  # noqa: B018 - timed, not kept
+            a @ a
             torch.cuda.synchronize()
 
         rates.append(2 * _GPU_SIZE**3 / 1e12 * _best(multiply, MATMUL_S))
@@ -70,8 +70,9 @@ def _measure_gpus() -> dict[str, float]:
 
 def _best(work: Callable[[], object], seconds: float) -> float:
     """Return how often a second `work` is done, by the quickest of its runs in so many seconds."""
-    times, end = [], time.monotonic() + seconds
     work()  # warms up
+    times: list[float] = []
+    end = time.monotonic() + seconds
     while not times or time.monotonic() < end:
         start = time.perf_counter()
         work()
@@ -88,7 +89,7 @@ def _write() -> None:
 
 
 def measure_links(communicator: Any, names: list[str]) -> dict[str, float]:
-    """Return GB/s to the node before this task's and the one after, in a ring; one task a node, every task must call."""
+    """Return GB/s to the task before this one and the one after, in a ring; every task must call."""
     rank, size = communicator.Get_rank(), communicator.Get_size()
     out, into = bytearray(_MESSAGE), bytearray(_MESSAGE)
     found = {}
@@ -96,7 +97,7 @@ def measure_links(communicator: Any, names: list[str]) -> dict[str, float]:
         communicator.Barrier()
         if other is None:
             continue
-        times = []
+        times: list[float] = []
         for _ in range(_TRIES):
             start = time.perf_counter()
             communicator.Sendrecv(out, other, recvbuf=into, source=other)

@@ -1,12 +1,15 @@
-"""`hpcpar doctor`: a look at this machine, and who falls behind."""
+"""`hpcpar doctor`: a look at this machine, and at what lies between the ranks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from hpcpar import cli
+from hpcpar.comm.control import Alone
 from hpcpar.config.surroundings import Surroundings
-from hpcpar.doctor import Finding, _safely, fallen_behind
+from hpcpar.doctor import Finding, _safely, _slowest_link
 
 
 def test_one_process_is_told_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,14 +21,14 @@ def test_one_process_is_told_what_the_machine_has(capsys: pytest.CaptureFixture[
     assert sum("fix: " in line for line in lines) == num_failed and code == (3 if num_failed else 0)
 
 
-def test_the_slow_host_is_named_and_can_be_left_out() -> None:
-    good = {"matmul": 100.0, "memory": 1000.0, "disk": 500.0, "room": 70.0}
-    told = [(f"node{rank // 8}", dict(good)) for rank in range(32)]
-    assert not [finding for finding in fallen_behind(told) if finding.fix]
-    told[19][1]["matmul"] = 70.0
-    told[30][1]["room"] = 3.0
-    bad = {finding.what: finding.fix for finding in fallen_behind(told) if finding.fix}
-    assert bad == {"matmul": "leave out node2 (70): --exclude=node2", "room": "leave out node3 (3): --exclude=node3"}
+def test_the_slowest_link_is_named() -> None:
+    class Told(Alone):
+        def all_gather(self, value: Any) -> list[Any]:
+            return [{"1": 4.0, "2": 4.2}, {"0": 4.1, "2": 0.4}, {"1": 0.5, "0": 4.0}]
+
+    assert str(_slowest_link(Told(), {})).endswith("median 4 GB/s between neighbours over MPI, least 0.4 between "
+                                                   "ranks 1 and 2")
+    assert _slowest_link(Alone(), {}).found == "one rank: no link"
 
 
 def test_a_broken_part_is_a_finding_and_not_the_end() -> None:

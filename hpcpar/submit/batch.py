@@ -89,13 +89,14 @@ class Batch:
         return ""
 
     def _wanted(self) -> Wanted:
-        """Return what the job as submitted expects of a node; train.sbatch's are only compared with one another."""
+        """Return what the job as submitted expects of a node; on CPUs, and in train.sbatch, they are only compared."""
         machine = self._job().machine
-        gpus = machine.gpus_per_node if machine.gpu != "cpu" and self.environment.get("HPCPAR_CPU") != "1" else 0
+        if machine.gpu == "cpu" or self.environment.get("HPCPAR_CPU") == "1":
+            return Wanted()
         try:
-            return Wanted(gpus, load_machine(machine.gpu) if self.starts.job.exists() else None)
+            return Wanted(machine.gpus_per_node, load_machine(machine.gpu))
         except UserError:  # a GPU that the planner does not know
-            return Wanted(gpus, None)
+            return Wanted(machine.gpus_per_node)
 
     def end(self, code: int, words: Sequence[str]) -> int:
         """Decide what comes after srun's exit code; return the job's."""
@@ -221,8 +222,9 @@ def before_srun(python: str, run: str, pickles: str) -> list[str]:
 def prologue(python: str, on_node: str, mpi: str) -> list[str]:
     """Return the lines that look at every node before srun starts the ranks; `on_node` starts Python there."""
     return [
-        f'timeout {LIMIT_S} srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 --mpi={mpi} '
-        f'{on_node} -m hpcpar.probe "$run/submit/nodes"',
+        # overlap: a step that cannot be killed must not keep its cores and GPUs from the ranks
+        f'timeout --kill-after=5 {LIMIT_S} srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 '
+        f'--cpus-per-task=1 --mpi={mpi} {on_node} -m hpcpar.probe "$run/submit/nodes"',
         f'lines=$({python} -m hpcpar.submit.batch judge "$run" $?) || exit',
         'eval "$lines"',
     ]

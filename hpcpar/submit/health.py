@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from hpcpar.planner.hardware import Machine
 
-LIMIT_S = 60
+LIMIT_S = 50
 """How long the prologue may take; a node that has left no report by then is bad."""
 CLOCK_S = 1.0
 """How far a node's clock may be from the others': who died first is told by the clock."""
 _ROOM_GIB = 1.0
-_MEMORY_SHARE, _FREE_SHARE = 0.9, 0.9  # of a GPU's memory: as large as the profile says, and nobody else's process on it
+_MEMORY_SHARE, _FREE_SHARE = 0.9, 0.9  # of a GPU's memory: as large as the profile says, and no other process on it
 _LINK_SHARE = 0.5
 # what is compared: its unit, and the least share of the reference; a core's rate depends on what else the node does
 _RATES = MappingProxyType({"matmul": ("TFLOP/s", 0.5), "disk": ("MB/s written", 0.1), "memory": ("GiB free", 0.5)})
@@ -29,10 +29,10 @@ _GPU_SHARE = 0.8
 
 
 class Wanted(NamedTuple):
-    """What a profile promises of a node."""
+    """What a job and its machine's profile promise of a node."""
 
-    gpus: int  # 0 on CPUs
-    machine: Machine | None  # None: nodes are compared with one another only
+    gpus: int = 0
+    machine: Machine | None = None  # None: nodes are compared with one another only
 
 
 class Health(NamedTuple):
@@ -59,10 +59,12 @@ def judge(reports: Mapping[str, Mapping[str, Any] | None], wanted: Wanted) -> He
     if not heard:  # srun or the shared file system, not the nodes
         return Health(("no node has left a report: the prologue is passed over",), {})
     bad = dict.fromkeys((node for node in reports if node not in heard), f"left no report in {LIMIT_S} s")
+    # what one of them has all should have, whatever was promised
+    wanted = wanted._replace(gpus=max(wanted.gpus, *(int(report.get("devices", 0)) for report in heard.values())))
     lines: list[str] = []
     for node, report in heard.items():
         if reason := _by_itself(report, wanted):
-            bad.setdefault(node, reason)
+            bad[node] = reason
     for what in _RATES:
         line, slow = _compare(what, {node: report[what] for node, report in heard.items() if what in report}, wanted)
         lines += [line] if line else []
@@ -70,6 +72,8 @@ def judge(reports: Mapping[str, Mapping[str, Any] | None], wanted: Wanted) -> He
     for line, guilty in (_clocks(heard), _links(heard, wanted)):
         lines += [line] if line else []
         bad = guilty | bad
+    if not bad and any("clock" not in report for report in heard.values()):
+        lines.append("clocks and links are not known: MPI did not come up between the nodes")
     return Health(tuple(lines), bad)
 
 
@@ -111,8 +115,7 @@ def _compare(what: str, values: Mapping[str, float], wanted: Wanted) -> tuple[st
 def _promised(what: str, wanted: Wanted) -> float:
     if what != "matmul" or wanted.machine is None:
         return math.inf
-    peak = wanted.machine.peak_tflops
-    return wanted.machine.matmul.efficiency * (peak.bf16 if wanted.gpus else peak.fp32)
+    return wanted.machine.matmul.efficiency * wanted.machine.peak_tflops.fp16
 
 
 def _clocks(heard: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
