@@ -17,21 +17,19 @@ Memory order: the counters are plain 8-byte words; `Lanes._fence` keeps data and
 from __future__ import annotations
 
 import mmap
-import os
 import threading
-import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from .mpi_memory import map_together
+
 _HEAD_BYTES, _LINE = 192, 8  # a cache line for each counter and for the meanings; words in a line
-_FOLDER = Path("/dev/shm")
 
 
 @dataclass
@@ -45,11 +43,15 @@ class Turn:
     meaning: int = 0  # what it must mean to all
 
 
+def _nobody() -> None:
+    """Wake nobody: the others look by themselves."""
+
+
 class Lanes:
     """A group's lanes, and the turns that this rank has begun; all ranks begin the same ones in one order."""
 
-    def __init__(self, memory: mmap.mmap, rank: int, size: int, slot_bytes: int):
-        self._rank, self.slot_bytes = rank, slot_bytes
+    def __init__(self, memory: mmap.mmap, rank: int, size: int, slot_bytes: int, ring: Callable[[], None] = _nobody):
+        self._rank, self.slot_bytes, self._ring = rank, slot_bytes, ring
         lane = lane_bytes(slot_bytes)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         starts = [r * lane + _HEAD_BYTES for r in range(size)]
@@ -98,6 +100,8 @@ class Lanes:
             turn.put(self._slots[number % 2][self._rank])
         self._fence()
         self._num_arrived = self._arrived[self._rank] = number
+        if min(self._arrived.tolist()) >= number:
+            self._ring()
         return True
 
     def _take(self) -> bool:
@@ -110,6 +114,8 @@ class Lanes:
         self._waiting.popleft().take(self._slots[number % 2])
         self._fence()
         self._num_taken = self._taken[self._rank] = number
+        if min(self._taken.tolist()) >= number:
+            self._ring()
         return True
 
     def is_over(self, number: int) -> bool:
@@ -142,47 +148,15 @@ class Ticket:
         return self.lanes.is_over(self.last)
 
 
-def open_lanes(comm: MPI.Intracomm, slot_bytes: int) -> Lanes | None:
-    """Make the lanes of a group whose ranks are all on this host; all of them call. None: there is no room."""
+def open_lanes(comm: MPI.Intracomm, slot_bytes: int, ring: Callable[[], None]) -> Lanes | None:
+    """Make the lanes of a group whose ranks are all on this host; all of them call. None: there is no room.
+
+    `ring` is called when what the others may wait for is there.
+    """
     memory = map_together(comm, comm.size * lane_bytes(slot_bytes))
-    return None if memory is None else Lanes(memory, comm.rank, comm.size, slot_bytes)
+    return None if memory is None else Lanes(memory, comm.rank, comm.size, slot_bytes, ring)
 
 
 def lane_bytes(slot_bytes: int) -> int:
     """Return the bytes of one rank's lane."""
     return _HEAD_BYTES + 2 * slot_bytes
-
-
-def map_together(comm: MPI.Intracomm, num_bytes: int) -> mmap.mmap | None:
-    """Map a zeroed file that rank 0 makes and unlinks again; None for all ranks where one of them could not.
-
-    Ranks that ask for different sizes (their collectives do not match) get none either.
-    """
-    path, size = comm.bcast((_make_file(num_bytes), num_bytes) if comm.rank == 0 else None)
-    memory = None
-    if path is not None and size == num_bytes:
-        try:
-            with path.open("r+b") as file:
-                memory = mmap.mmap(file.fileno(), num_bytes)
-        except OSError:  # in a container with a folder of its own
-            memory = None
-    everyone = comm.allreduce(int(memory is not None), MPI.MIN)
-    if path is not None and comm.rank == 0:
-        path.unlink()  # the memory lives as long as somebody has it mapped
-    return memory if everyone else None
-
-
-def _make_file(num_bytes: int) -> Path | None:
-    path = _FOLDER / f"mpi4py-backend-{uuid.uuid4().hex}"
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError:
-        return None
-    try:
-        os.posix_fallocate(fd, 0, num_bytes)  # a full folder is found now, not by a bus error later
-    except OSError:
-        path.unlink()
-        return None
-    finally:
-        os.close(fd)
-    return path

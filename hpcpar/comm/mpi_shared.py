@@ -20,7 +20,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from .mpi_lanes import Lanes, Ticket, Turn, map_together, open_lanes
+from .mpi_lanes import Lanes, Ticket, Turn, open_lanes
+from .mpi_memory import map_together
 
 SMALL_BYTES = 1 << 14  # up to here every rank sums all of an all-reduce: one turn, not two
 _LARGE_BYTES, _LARGEST_BYTES = 1 << 26, 1 << 23  # of all ranks' lanes for longer messages, and of one rank's
@@ -58,8 +59,9 @@ class OneHost:
     small messages and for what lies in regions, one for long messages.
     """
 
-    def __init__(self, comm: MPI.Intracomm, all_lanes: list[Lanes]):
+    def __init__(self, comm: MPI.Intracomm, all_lanes: list[Lanes], ring: Callable[[], None]):
         self._comm, self._rank, self._size, self._all_lanes = comm, comm.rank, comm.size, all_lanes
+        self._ring = ring
         self._lanes: dict[bool, Lanes | None] = {}
         self._regions: list[Region] = []
 
@@ -68,7 +70,7 @@ class OneHost:
         is_long = num_bytes > SMALL_BYTES
         if is_long not in self._lanes:
             slot = min(_LARGEST_BYTES, _LARGE_BYTES // self._size) // 2 if is_long else SMALL_BYTES
-            lanes = open_lanes(self._comm, max(slot // 4096 * 4096, SMALL_BYTES))
+            lanes = open_lanes(self._comm, max(slot // 4096 * 4096, SMALL_BYTES), self._ring)
             self._lanes[is_long] = lanes
             if lanes is not None:
                 self._all_lanes.append(lanes)
