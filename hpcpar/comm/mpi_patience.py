@@ -6,8 +6,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .mpi_bells import Bells
+if TYPE_CHECKING:  # who only waits for a condition needs no MPI
+    from .mpi_bells import Bells
 
 
 @dataclass(frozen=True)
