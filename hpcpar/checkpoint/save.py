@@ -97,7 +97,7 @@ def save_set(checkpoints: Path, step: int, layout: Layout, global_rank: int, con
 def save_now(saving: Saving, step: int, global_rank: int, control: Control, shards: Shards,
              state: Mapping[str, Any]) -> Published:
     """Save a set from the first phase to the last, this process doing the work: what `save_set` does."""
-    worker = _Itself(Tasks(saving, global_rank, shards))
+    worker = InProcess(Tasks(saving, global_rank, shards))
     found = [published for published in save_phases(saving, step, state, control, worker) if published is not None]
     assert len(found) == 1  # gone through to the end: what follows the publication counts
     return found[0]
@@ -113,20 +113,20 @@ def save_phases(saving: Saving, step: int, state: Mapping[str, Any], control: Co
     final, folder = saving.checkpoints / set_name(step), saving.checkpoints / side_name(step, "tmp")
     alone = control.rank == 0
 
-    def together(work: Callable[[], T]) -> list[T]:
+    def all_do(work: Callable[[], T]) -> list[T]:
         try:
-            return _together(control, set_name(step), work)
+            return together(control, set_name(step), work)
         except CheckpointError:
             if alone:  # all have answered: nobody writes there any more
                 worker.ask("clear", folder=str(folder))
             raise
 
-    together(lambda: _prepare(saving.checkpoints, folder) if alone else None)
+    all_do(lambda: _prepare(saving.checkpoints, folder) if alone else None)
     entries: list[FileEntry] = []
     for turn in range(saving.ranks_per_file):
         worker.ask("write", folder=str(folder), turn=turn, step=step)
         yield None
-        answers = together(worker.answer)
+        answers = all_do(worker.answer)
         entries += [FileEntry(**entry) for answer in answers for entry in answer["entries"]]
     kinds = [answer["kinds"] for answer in answers]
     if alone:
@@ -138,7 +138,7 @@ def save_phases(saving: Saving, step: int, state: Mapping[str, Any], control: Co
         worker.answer()
         take_name(folder, final)
 
-    together(lambda: publish() if alone else None)
+    all_do(lambda: publish() if alone else None)
     if alone:
         worker.ask("settle", step=step)
     yield Published(final, sum(entry.size for entry in entries))
@@ -155,14 +155,14 @@ class Tasks:
     def __init__(self, saving: Saving, global_rank: int, shards: Shards):
         self._saving, self._rank, self._shards = saving, global_rank, shards
 
-    def write(self, folder: str, turn: int, step: int) -> dict[str, Any]:
+    def write(self, folder: str, turn: int, step: int, index: bool = True) -> dict[str, Any]:
         """Write this rank's boxes if it is its turn; answer with the entries of files that it was the last to write.
 
-        Rank 0 writes the index first: it needs no checksums, and is arithmetic while the disk is busy with others.
+        Rank 0 writes the `index` first: it needs no checksums, and is arithmetic while the disk is busy with others.
         """
         kinds = _kinds(self._shards)
         entries = []
-        if self._rank == 0 and turn == 0:
+        if index and self._rank == 0 and turn == 0:
             (Path(folder) / INDEX).unlink(missing_ok=True)  # of a worker that died here and was replaced
             entries.append(write_index(Path(folder), Manifest(step, kinds, self._tensors, self._files, {})))
         own = _write_own(Path(folder), self._saving, self._rank, self._shards, turn)
@@ -175,7 +175,8 @@ class Tasks:
         if unlike:
             raise ValueError(f"rank {unlike[0]} has kinds {kinds[unlike[0]]}, rank 0 has {kinds[0]}")
         told = {entry["name"]: entry for entry in entries}
-        files = [replace(file, **told[file.name]) for file in self._files] + [FileEntry(**told[INDEX])]
+        files = [replace(file, **told[file.name]) for file in self._files]
+        files += [FileEntry(**told[INDEX])] if INDEX in told else []
         (Path(folder) / MANIFEST).unlink(missing_ok=True)
         seal(Path(folder), Manifest(step, kinds[0], self._tensors, tuple(files), state,
                                     compression=self._saving.compression))
@@ -211,7 +212,7 @@ class Tasks:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Itself:
+class InProcess:
     """The process itself as its worker: a task is done when it is asked for."""
 
     def __init__(self, tasks: Tasks):
@@ -220,6 +221,7 @@ class _Itself:
         self._error: Exception | None = None
 
     def ask(self, task: str, **values: Any) -> None:
+        """Do a task."""
         self._answer, self._error = None, None
         try:
             self._answer = getattr(self._tasks, task)(**values)
@@ -227,6 +229,7 @@ class _Itself:
             self._error = error
 
     def answer(self) -> Any:
+        """Return its answer, or raise what it raised."""
         if self._error is not None:
             raise self._error
         return self._answer
@@ -237,7 +240,7 @@ def stored_boxes(layout: Layout, global_rank: int) -> tuple[StoredBox, ...]:
     return tuple(StoredBox(p.parameter.name, p.box) for p in layout.stored_pieces(global_rank))
 
 
-def _together(control: Control, name: str, work: Callable[[], T]) -> list[T]:
+def together(control: Control, name: str, work: Callable[[], T], verb: str = "save") -> list[T]:
     """Return every rank's result, or raise one CheckpointError on all if any rank's work raised."""
     result: T | None = None
     failed, cause = "", None
@@ -251,7 +254,7 @@ def _together(control: Control, name: str, work: Callable[[], T]) -> list[T]:
     if failures:
         rank, why = failures[0]
         more = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-        raise CheckpointError(f"cannot save {name}: rank {rank}{more}: {why}; older sets are untouched") from cause
+        raise CheckpointError(f"cannot {verb} {name}: rank {rank}{more}: {why}; older sets are untouched") from cause
     results: list[T] = [result for result, _ in answers]
     return results
 
