@@ -17,7 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hpcpar.checkpoint.format import read_manifest
 from hpcpar.checkpoint.load import load_together
+from hpcpar.checkpoint.memory import Memory, disown, open_memory, recall
 from hpcpar.checkpoint.verify import latest_set, read_state
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.control import Control
@@ -84,7 +86,12 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     Raises UserError where the set belongs to another model or other data.
     """
     layout = Layout(job)
-    found = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
+    on_disk = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
+    said: list[str] = []
+    memory = _open_memory(job, world, folder)
+    found = on_disk
+    if memory is not None and on_disk is not None:
+        found = recall(memory, layout, world.control, read_manifest(on_disk).step, said.append) or on_disk
     state = read_state(found) if found else None
     if state is not None:
         check_same(state, job, order, found)
@@ -104,11 +111,24 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         metrics = Metrics(folder, job, progress, world.device, live)
         metrics.journal("start", step=progress.step, ranks=world.size, host=world.host, pid=os.getpid())
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
-    saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, progress.step if found else -1, metrics)
+    saved_step = progress.step if found and found == on_disk else -1
+    saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, saved_step, metrics, memory)
     run = Run(job, world, folder, order, trainee, progress, metrics, saves)
-    run.say(f"{'resumed ' + found.name if found else 'new run'} in {folder.path}: tp {layout.mesh.tp_size} x pp "
+    for text in said:
+        run.say(text)
+    whence = f"resumed {found.name}{' from memory' if found != on_disk else ''}" if found else "new run"
+    run.say(f"{whence} in {folder.path}: tp {layout.mesh.tp_size} x pp "
             f"{layout.mesh.pp_size} x dp {layout.mesh.dp_size} on {world.device.type}")
     return run
+
+
+def _open_memory(job: Job, world: World, folder: RunFolder) -> Memory | None:
+    """Return where copies of sets are kept in memory, if that is wished; if not, what there is counts no more."""
+    if job.checkpoint.asynchronous == "neighbour":
+        return open_memory(folder.checkpoints, world.control, world.host)
+    if world.rank == 0:
+        disown(folder.checkpoints)
+    return None
 
 
 def fill(optimizer: ShardedOptimizer, found: Path, control: Control) -> None:
