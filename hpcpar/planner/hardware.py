@@ -13,6 +13,8 @@ path of a TOML of the same form (`hpcpar calibrate` writes one):
     gb_per_s = 2039.0            # device memory, datasheet
     gb_efficiency = 0.85         # share of it that a kernel without reuse reaches
     watts = 400.0                # one device under load, with its share of the node
+    cores = 0                    # a CPU: cores that the ranks of a node share; rates here are then those of one core
+                                 # while all are busy, memory and watts the node's. 0: a rank has a device of its own
 
     [peak_tflops]                # dense, by precision: what MFU is measured against
     bf16 = 312.0
@@ -25,6 +27,7 @@ path of a TOML of the same form (`hpcpar calibrate` writes one):
     units = 108                  # parts that work on one tile each (multiprocessors, cores)
     tile = [256, 128]            # rows and columns of the largest tile; smaller ones are tried as well
     half_depth = 100.0           # inner dim at which a tile reaches half its rate
+    alignment = 64               # elements on whose multiples a row must start to be read at full speed; 1: anywhere
     measured = [[8192, 8192, 8192, 250.0]]   # m, n, k, TFLOP/s in 16 bits (fp32 where the machine has no other)
 
     [attention]                  # a fused kernel that never writes the scores
@@ -69,6 +72,7 @@ class Chip:
     gb_per_s: float
     gb_efficiency: float
     watts: float
+    cores: int = 0
 
     @property
     def usable_bytes(self) -> float:
@@ -99,6 +103,7 @@ class Matmul:
     units: int
     tile: tuple[int, int]
     half_depth: float
+    alignment: int = 64
     measured: tuple[tuple[float, ...], ...] = ()
 
 

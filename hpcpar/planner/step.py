@@ -14,7 +14,8 @@ from hpcpar.planner.memory import ELEMENT_BYTES, Memory, stage_memory
 from hpcpar.planner.network import gather_s, message_s, ring
 from hpcpar.planner.params import Counts, rank_counts
 from hpcpar.planner.practice import TRAINER, Practice
-from hpcpar.planner.timeline import held, pipeline_s, steady_step_s
+from hpcpar.planner.sharing import Node, as_rank_sees, shared_length_s
+from hpcpar.planner.timeline import held, pipeline_s, played_s, steady_step_s
 
 BESIDE = 0.10  # of the time of an exchange that runs beside products: what it takes from their multiprocessors
 TAIL = 0.1  # of the last backward: its gradients come too late for their sum to be hidden
@@ -58,8 +59,10 @@ class Pricing:
     """Prices one resolved job on one machine, as one practice carries it out."""
 
     def __init__(self, job: Job, machine: Machine, practice: Practice = TRAINER):
-        self.job, self.machine, self.practice = job, machine, practice
         wish, train = job.layout, job.train
+        self.node = Node(min(job.world_size, job.machine.gpus_per_node), machine.chip.cores)
+        self.job, self.whole, self.practice = job, machine, practice
+        self.machine = as_rank_sees(machine, self.node)
         self.dp = required(wish.dp)
         self.num_microbatches = train.global_batch // (self.dp * train.microbatch)
         self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.sequence_parallel and wish.tp > 1,
@@ -110,7 +113,9 @@ class Pricing:
             forward = forward.plus(Seconds(data=_exposed(gather, forward.total)))
             backward = backward.plus(Seconds(data=_exposed(gather + reduce, backward.total)))
         if self.job.layout.pp > 1:
-            waits = Seconds(pipeline=self.practice.blocking_messages / 2 * self.boundary_s)
+            # where cores are shared, a message that nobody waits for is still copied by one of them
+            held_up = 2 if self.node.cores else self.practice.blocking_messages / 2
+            waits = Seconds(pipeline=held_up * self.boundary_s)
             forward, backward = forward.plus(waits), backward.plus(waits)
         return ChunkTime(forward, backward)
 
@@ -144,24 +149,35 @@ class Pricing:
         work = [m * sum(both[c] for c in mine) for mine in self.chunks_by_rank]
         busiest = max(range(wish.pp), key=work.__getitem__)
         length = self._quick_pipeline_s(work) if quick else self._pipeline_s()
+        # cores that are shared do the work of all ranks: its mean counts, not the busiest's
+        counted = range(len(chunks)) if self.node.cores else self.chunks_by_rank[busiest]
+        times = m * self.node.crowd / (wish.pp if self.node.cores else 1)
         kinds = Seconds()
-        for c in self.chunks_by_rank[busiest]:
-            kinds = kinds.plus(chunks[c].forward, m).plus(chunks[c].backward, m)
+        for c in counted:
+            kinds = kinds.plus(chunks[c].forward, times).plus(chunks[c].backward, times)
         exposed, hidden, gathered = self._data_s(busiest)
         parts = dict(kinds._asdict())
-        parts["data"] += exposed + gathered
-        parts |= {"bubble": length - work[busiest], "tied": self._tied_s(), "optimizer": self._update_s(busiest)}
-        return StepTime(sum(parts.values()), parts["bubble"] / work[busiest], parts, {"data": hidden})
+        parts["data"] += (exposed + gathered) * self.node.crowd
+        parts |= {"bubble": length - kinds.total, "tied": self._tied_s(),
+                  "optimizer": self._update_s(busiest) * self.node.crowd}
+        return StepTime(sum(parts.values()), parts["bubble"] / kinds.total, parts, {"data": hidden})
 
     def _pipeline_s(self) -> float:
         wish = self.job.layout
+        forward, backward = [c.forward.total for c in self.chunks], [c.backward.total for c in self.chunks]
+        if self.node.cores:
+            stage_ranks = wish.tp * wish.cp * self.dp
+            return played_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks,
+                            lambda schedule: shared_length_s(schedule, forward, backward, stage_ranks, self.node))
         return pipeline_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks,
-                          [c.forward.total for c in self.chunks], [c.backward.total for c in self.chunks],
-                          self.boundary_s if wish.pp > 1 else 0.0)
+                          forward, backward, self.boundary_s if wish.pp > 1 else 0.0)
 
     def _quick_pipeline_s(self, work: list[float]) -> float:
         """The length within a few per cent, for comparing thousands of layouts."""
         wish, m = self.job.layout, self.num_microbatches
+        if self.node.cores:  # the cores' work, or the longest way through the pipeline
+            way = sum(work) / wish.pp * (m + wish.pp - 1) / m
+            return max(self.node.crowd * sum(work) / wish.pp, way)
         if wish.pp == 1:
             return work[0]
         if wish.chunks == 1 and wish.schedule in ("1f1b", "gpipe"):
@@ -185,7 +201,7 @@ class Pricing:
         if wish.zero == 2:  # a rank keeps only its shard between microbatches, so that each of them is reduced
             reduce *= self.num_microbatches
         hidden = 0.0
-        if self.practice.overlaps_reduction:
+        if self.practice.overlaps_reduction and not self.node.cores:
             backward = sum(self.chunks[c].backward.total for c in self.chunks_by_rank[rank])
             hidden = min(reduce, (1 - TAIL) * backward * (self.num_microbatches if wish.zero == 2 else 1))
         return reduce - hidden + BESIDE * hidden, hidden, gather if wish.zero else 0.0
