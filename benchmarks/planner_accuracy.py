@@ -113,7 +113,7 @@ CONSTANTS = (
     ("a100-80g", "across.efficiency"), ("a100-80g", "attention.forward"), ("a100-80g", "attention.backward"),
     ("h100-80g", "matmul.efficiency"), ("h100-80g", "chip.gb_efficiency"), ("h100-80g", "inside.efficiency"),
     ("h100-80g", "attention.forward"), ("h100-80g", "attention.backward"),
-    ("jean-zay", "across.efficiency"), ("h100-96g-500w", "matmul.efficiency"),
+    ("h100-96g-500w", "matmul.efficiency"),
 )
 RELATED = {"a100-40g": "a100-80g", "jean-zay": "a100-80g", "h100-96g-500w": "h100-80g"}
 RANGE = {"chip.gb_efficiency": (0.7, 0.92), "inside.efficiency": (0.65, 0.9), "across.efficiency": (0.2, 0.9),

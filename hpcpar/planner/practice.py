@@ -30,7 +30,8 @@ class Practice:
     reduces_whole: bool = False  # ZeRO-1 all-reduces whole gradients where a reduce-scatter would do
     overlaps_reduction: bool = True  # the sum over dp runs beside the step's last backward
     overlaps_tensor: bool = False  # exchanges of tensor parallelism run beside products
-    scatters_messages: bool = False  # a stage boundary is crossed by 1/tp of the activations and gathered inside
+    scatters_activations: bool = False  # a stage boundary is crossed by 1/tp of them on each rank, gathered inside
+    scatters_gradients: bool = False  # the same of their gradients
     blocking_messages: int = 0  # of a microbatch's four messages, how many a stage stands still for
     blocking_launches: bool = False  # every kernel is waited for before the next one is started
     embedding_is_a_layer: bool = False  # embedding and logits take a layer's place in the cut into stages

@@ -115,27 +115,33 @@ class Pricing:
         if self.job.layout.pp > 1:
             # where cores are shared, a message that nobody waits for is still copied by one of them
             held_up = 2 if self.node.cores else self.practice.blocking_messages / 2
-            waits = Seconds(pipeline=held_up * self.boundary_s)
-            forward, backward = forward.plus(waits), backward.plus(waits)
+            activation_s, gradient_s = self.boundaries_s
+            forward = forward.plus(Seconds(pipeline=held_up * activation_s))
+            backward = backward.plus(Seconds(pipeline=held_up * gradient_s))
         return ChunkTime(forward, backward)
 
     @property
     def _grad_bytes(self) -> int:
         return self.practice.grad_bytes if self.cut.element == 2 else self.cut.element
 
-    @cached_property
+    @property
     def boundary_s(self) -> float:
-        """A message between neighbouring pipeline ranks."""
-        cut, wish = self.cut, self.job.layout
+        """A message between neighbouring pipeline ranks, of either kind."""
+        return sum(self.boundaries_s) / 2
+
+    @cached_property
+    def boundaries_s(self) -> tuple[float, float]:
+        """A message of activations, and one of their gradients, between neighbouring pipeline ranks."""
+        cut, wish, practice = self.cut, self.job.layout, self.practice
         num_bytes = cut.tokens * cut.model.hidden * cut.element
         # neighbours are tp x cp x dp ranks apart
         inside = wish.pp * wish.tp * wish.cp * self.dp <= self.machine.inside.devices
+        whole = message_s(self.machine, num_bytes, inside)
+        part = message_s(self.machine, num_bytes / cut.tp, inside)
         if cut.sequence_parallel:
-            return message_s(self.machine, num_bytes / cut.tp, inside)
-        if self.practice.scatters_messages and cut.tp > 1:
-            return (message_s(self.machine, num_bytes / cut.tp, inside)
-                    + gather_s(self.machine, ring(self.machine, cut.tp, 1), num_bytes))
-        return message_s(self.machine, num_bytes, inside)
+            return part, part
+        part += gather_s(self.machine, ring(self.machine, cut.tp, 1), num_bytes)
+        return part if practice.scatters_activations else whole, part if practice.scatters_gradients else whole
 
     def rank_numel(self, rank: int) -> int:
         """Elements that a rank holds; a tied embedding once, even where the first and the last chunk meet."""
