@@ -22,7 +22,8 @@ LAYOUTS = {
     "tp 4 x dp 2": "--layout.tp 4 --layout.pp 1", "pp 4 x dp 2": "--layout.tp 1 --layout.pp 4 --train.microbatch 2",
     "tp 2 x pp 4": "--layout.tp 2 --layout.pp 4", "tp 1 x pp 2 x dp 4": "--layout.tp 1 --train.microbatch 2",
 }
-SAID = re.compile(r"a step: (.*) measured, (.*) foretold \((.*)\); memory of the fullest rank: (.*) measured, (.*) foretold")
+SAID = re.compile(
+    r"a step: (.*) measured, (.*) foretold \((.*)\); the fullest rank: (.*) measured, (.*) foretold;")
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 from pathlib import Path
 
 from hpcpar.commands.command import Command, Words
@@ -26,6 +27,8 @@ def _calibrate(args: argparse.Namespace, words: Words, surroundings: Surrounding
                         f"write {path.with_suffix('.toml')}")
     if not path.parent.is_dir():
         raise UserError("out", f"{path.parent} is no folder", f"mkdir -p {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+        raise UserError("out", f"{path} cannot be written", "give a file in a folder of yours")
 
     from hpcpar.comm.bootstrap import connect, open_process_group
     from hpcpar.planner.calibration import fit, worst_product

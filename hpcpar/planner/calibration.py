@@ -11,13 +11,23 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcpar.planner.hardware import (
-    Chip, FusedAttention, InsideLink, Link, Machine, Matmul, Peak, known_machines, load_machine,
+    Chip,
+    FusedAttention,
+    InsideLink,
+    Link,
+    Machine,
+    Matmul,
+    Peak,
+    known_machines,
+    load_machine,
 )
 from hpcpar.planner.kernels import fused_attention_s, product_s
+from hpcpar.planner.sharing import Node, as_rank_sees
 
 CORE_TILES = ((8, 8), (16, 16), (32, 32), (64, 64))  # of a core; a GPU keeps its base's
 DEPTHS = (0.0, 4.0, 8.0, 16.0, 32.0, 64.0, 100.0, 150.0, 250.0, 400.0)
@@ -105,14 +115,26 @@ def fit(measured: Measured, source: Sequence[str]) -> Machine:
     datasheet = base.chip.gb_per_s if known else measured.copy_bytes_per_s / 1e9
     chip = Chip(measured.memory_gib, base.chip.reserved_gib, launch_s * 1e6, datasheet, rate / datasheet / 1e9,
                 base.chip.watts, 0)
+    best = max(measured.flops.values())
     peak = base.peak_tflops if known else Peak(**{
-        name: measured.flops.get(name, max(measured.flops.values())) / 1e12 for name in ("bf16", "fp16", "fp32", "fp64")})
+        name: measured.flops.get(name, best) / 1e12 for name in ("bf16", "fp16", "fp32", "fp64")})
     inside, across = _link(base.inside, measured.inside, known), _link(base.across, measured.across, known)
     machine = Machine(f"{measured.device}, calibrated", tuple(source), chip, peak, base.matmul, base.attention,
                       InsideLink(**inside, devices=measured.ranks_per_node), Link(**across))
     machine = dataclasses.replace(machine, matmul=_products(machine, measured))
     machine = dataclasses.replace(machine, attention=_attention(machine, measured))
-    return _of_one_core(machine, measured) if measured.cores else machine
+    return _rounded(_of_one_core(machine, measured) if measured.cores else machine)
+
+
+def _rounded(machine: Machine) -> Machine:
+    """Keep four digits: more were not measured."""
+
+    def part(name: str) -> Any:
+        values = vars(getattr(machine, name))
+        return dataclasses.replace(getattr(machine, name), **{
+            key: float(f"{value:.4g}") for key, value in values.items() if isinstance(value, float)})
+
+    return dataclasses.replace(machine, **{field.name: part(field.name) for field in dataclasses.fields(machine)[2:]})
 
 
 def two_constants(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
@@ -154,7 +176,7 @@ def _products(machine: Machine, measured: Measured) -> Matmul:
     for tile, depth in itertools.product(tiles, DEPTHS):
         spec = dataclasses.replace(machine.matmul, efficiency=1.0, units=measured.units, tile=tile, half_depth=depth,
                                    alignment=1 if measured.cores else machine.matmul.alignment, measured=())
-        for _ in range(3):  # the share is one factor, but for products that memory bounds
+        for _ in range(10):  # the share is one factor, but for what launches and memory take of a product
             trial = dataclasses.replace(machine, matmul=spec)
             errors = [math.log((product_s.__wrapped__(trial, p.m, p.n, p.k, measured.precision) + launch_s) / p.seconds)
                       for p in measured.products]
@@ -169,20 +191,21 @@ def _products(machine: Machine, measured: Measured) -> Matmul:
 
 
 def _attention(machine: Machine, measured: Measured) -> FusedAttention:
-    """Choose both shares of the peak, launches taken off."""
+    """Choose both shares of the peak, launches taken off; what is mostly launches says nothing of them."""
     whole = dataclasses.replace(machine, attention=FusedAttention(1.0, 1.0))
     launch_s = machine.chip.launch_us * 1e-6
 
-    def share(backward: bool) -> float:
+    def share(backward: bool, otherwise: float) -> float:
         logs = []
         for core in measured.attention:
-            seconds = core.backward_s - 3 * launch_s if backward else core.forward_s - launch_s
-            full = fused_attention_s(whole, core.tokens, core.seq, core.heads, core.head_dim, measured.precision,
-                                     backward)
-            logs.append(math.log(full / max(seconds, 0.1 * (core.backward_s if backward else core.forward_s))))
-        return math.exp(float(np.mean(logs)))
+            seconds, launches = (core.backward_s, 3 * launch_s) if backward else (core.forward_s, launch_s)
+            if launches < 0.5 * seconds:
+                full = fused_attention_s(whole, core.tokens, core.seq, core.heads, core.head_dim, measured.precision,
+                                         backward)
+                logs.append(math.log(full / (seconds - launches)))
+        return math.exp(float(np.mean(logs))) if logs else otherwise
 
-    return FusedAttention(share(False), share(True))
+    return FusedAttention(share(False, machine.attention.forward), share(True, machine.attention.backward))
 
 
 def _of_one_core(machine: Machine, measured: Measured) -> Machine:
@@ -194,8 +217,7 @@ def _of_one_core(machine: Machine, measured: Measured) -> Machine:
 
 def worst_product(machine: Machine, measured: Measured) -> float:
     """Return the largest relative error of the products, as the fitted machine foretells them."""
-    seen = dataclasses.replace(machine, peak_tflops=Peak(**{
-        name: rate * measured.threads for name, rate in dataclasses.asdict(machine.peak_tflops).items()}))
+    seen = as_rank_sees(machine, Node(measured.ranks_per_node, measured.cores))
     launch_s = machine.chip.launch_us * 1e-6
     return max(abs((product_s.__wrapped__(seen, p.m, p.n, p.k, measured.precision) + launch_s) / p.seconds - 1)
                for p in measured.products)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat
 from hpcpar.comm.groups import Group, open_groups
+from hpcpar.errors import UserError
 from hpcpar.layout.mesh import Mesh
 from hpcpar.planner.calibration import Core, Exchange, Measured, Moved, Product
 
@@ -30,6 +30,9 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 SHAPES = ((128, 64, 256), (512, 64, 512), (512, 256, 64), (512, 512, 512), (256, 1024, 256), (256, 256, 1024),
           (64, 64, 512), (512, 512, 128), (1024, 1024, 1024), (2048, 512, 2048), (512, 2048, 512), (304, 1216, 512))
 LARGE = ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 2048, 8192), (8192, 8192, 2048), (2048, 16384, 4096))
+# batch x seq x heads x channels of attention
+CORES = ((4, 128, 2, 64), (2, 256, 4, 64))
+LARGE_CORES = ((1, 2048, 16, 128), (2, 4096, 16, 128))
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Stopwatch:
             for _ in range(batch):
                 call()
             num += batch
-        everyones = self._world.control.all_gather((num, spent))
+        everyones: list[tuple[int, float]] = self._world.control.all_gather((num, spent))
         return self.part * sum(seconds for _, seconds in everyones) / sum(calls for calls, _ in everyones)
 
     def together_s(self, call: Callable[[], object]) -> float:
@@ -75,7 +78,8 @@ class Stopwatch:
         start = self._now()
         for _ in range(times):
             call()
-        return sum(self._world.control.all_gather(self._now() - start)) / times / self._world.size
+        everyones: list[float] = self._world.control.all_gather(self._now() - start)
+        return sum(everyones) / times / self._world.size
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -84,11 +88,15 @@ class Stopwatch:
 
 
 def measure(world: World, say: Callable[[str], None]) -> Measured:
-    """Measure for about a minute; every rank must call. `say` is given a line as each part begins."""
+    """Measure; every rank must call. `say` is given a line as each part begins. Cost: about a minute.
+
+    Raises UserError, on all ranks alike, where nodes run different numbers of ranks.
+    """
     hosts = world.control.all_gather(world.host)
     node = Node(hosts.count(world.host), len(set(hosts)))
     if node.ranks * node.count != world.size:
-        raise ValueError("every node must run as many ranks as the others")
+        raise UserError("mpirun", f"runs {sorted(hosts.count(host) for host in set(hosts))} ranks on its nodes",
+                        "start as many on each")
     watch = Stopwatch(world, node)
     gpu = world.device.type == "cuda"
     precision = "bf16" if gpu else "fp32"
@@ -100,7 +108,7 @@ def measure(world: World, say: Callable[[str], None]) -> Measured:
     flops = {name: _rate(watch, world.device, dtype, 4096 if gpu else 512) for name, dtype in DTYPES.items()}
     flops[precision] = max(2 * p.m * p.n * p.k / p.seconds for p in products)
     cores = [_attention(watch, world.device, DTYPES[precision], *shape)
-             for shape in ((4, 128, 2, 64), (2, 256, 4, 64), *(((1, 2048, 16, 128), (2, 4096, 16, 128)) if gpu else ()))]
+             for shape in CORES + (LARGE_CORES if gpu else ())]
     say("2/4 memory")
     moved = [_layer_between(watch, world.device, DTYPES[precision], tokens, hidden)
              for tokens, hidden in ((16, 64), (128, 256), (512, 256), (512, 512), *(((8192, 4096),) if gpu else ()))]
@@ -117,7 +125,8 @@ def measure(world: World, say: Callable[[str], None]) -> Measured:
 
 def _product(watch: Stopwatch, device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> Product:
     x = torch.randn(m, k, device=device, dtype=dtype)
-    weights = torch.randn(max(2, min(64, WEIGHTS_BYTES // (n * k * x.element_size()))), n, k, device=device, dtype=dtype)
+    num = max(2, min(64, WEIGHTS_BYTES // (n * k * x.element_size())))
+    weights = torch.randn(num, n, k, device=device, dtype=dtype)
     turn = _endless(weights)
     return Product(m, n, k, watch.call_s(lambda: F.linear(x, next(turn))))
 
@@ -156,7 +165,8 @@ def _layer_between(watch: Stopwatch, device: torch.device, dtype: torch.dtype, t
     Counted as planner/compute does: norm 2 + 3 passes over [tokens, hidden], bias and residual 5 + 5 and the bias's
     gradient 2, GELU (2 + 3) x 4.
     """
-    x, u = (torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True) for width in (hidden, 4 * hidden))
+    x, u = (torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+            for width in (hidden, 4 * hidden))
     scale, bias = (torch.ones(hidden, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     ones = torch.ones_like(x), torch.ones_like(u)
 
@@ -216,8 +226,3 @@ def _exchange(watch: Stopwatch, device: torch.device, group: Group, size: int, n
 
     exchanged, alone = watch.together_s(both), watch.together_s(work)
     return Exchange(size, num_bytes, max((exchanged - 2 * alone) / 2, 1e-7))
-
-
-def describe_exchange_backend() -> str:
-    """Name the backend that carried the exchanges."""
-    return str(dist.get_backend()) if dist.is_initialized() else "none: one rank"

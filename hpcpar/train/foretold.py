@@ -21,14 +21,15 @@ class Foretold:
     memory_bytes: float
 
     def __str__(self) -> str:
+        hint = " (ranks with a core each; hpcpar calibrate measures this machine)" if self.machine == "cpu" else ""
         return (f"foretold for {self.machine}: {format_seconds(self.step_s)} a step, "
-                f"{format_bytes(self.memory_bytes)} on the fullest rank")
+                f"{format_bytes(self.memory_bytes)} on the fullest rank{hint}")
 
     def beside(self, step_s: Sequence[float], memory_bytes: Sequence[int]) -> str:
-        """Compare with the seconds of steps that took the whole batch, and each rank's bytes."""
+        """Compare with the seconds of steps that took the whole batch, and the bytes that each rank took."""
         step, memory = median(step_s), max(memory_bytes)
         return (f"a step: {format_seconds(step)} measured, {format_seconds(self.step_s)} foretold "
-                f"({self.step_s / step - 1:+.0%}); memory of the fullest rank: {format_bytes(memory)} measured, "
+                f"({self.step_s / step - 1:+.0%}); the fullest rank: {format_bytes(memory)} measured, "
                 f"{format_bytes(self.memory_bytes)} foretold; for {self.machine}")
 
 
