@@ -41,7 +41,8 @@ DEEPSPEED = dataclasses.replace(
     bucket_bytes=2e9)
 # its optimizer for bf16 (bf16_optimizer.py, update_hp_grads): a gradient is copied into fp32 (2 + 4 bytes), then added
 # to the accumulated one (4 + 4 + 4)
-DEEPSPEED_BF16 = MappingProxyType({"grad_bytes": 4, "accumulate_bytes": 18, "copies_owned_grads": False})
+DEEPSPEED_BF16 = MappingProxyType({
+    "grad_bytes": 4, "accumulate_bytes": 18, "keeps_both_grads": True, "copies_owned_grads": False})
 BLOOM = dataclasses.replace(DEEPSPEED, ceil_split=True, blocking_launches=True)
 # llm-foundry: PyTorch FSDP, the first flash attention (Triton), packed q k v, a fused cross-entropy, non-reentrant
 # checkpointing

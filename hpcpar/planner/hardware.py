@@ -12,6 +12,7 @@ path of a TOML of the same form (`hpcpar calibrate` writes one):
     launch_us = 4.0              # from one kernel's end to the next one's start
     gb_per_s = 2039.0            # device memory, datasheet
     gb_efficiency = 0.85         # share of it that a kernel without reuse reaches
+    measured_gb_per_s = 1610.0   # a copy, as others measured it; only for comparison; 0: not known
     watts = 400.0                # one device under load, with its share of the node
     cores = 0                    # a CPU: cores that the ranks of a node share; rates here are then those of one core
                                  # while all are busy, memory and watts the node's. 0: a rank has a device of its own
@@ -39,6 +40,7 @@ path of a TOML of the same form (`hpcpar calibrate` writes one):
     gb_per_s = 300.0             # one device, one direction
     efficiency = 0.80            # share of it that a large collective reaches
     latency_us = 6.0             # a step of a ring
+    measured_gb_per_s = 231.6    # as above, of a large all-reduce (bus bandwidth)
 
     [across]                     # between nodes
     gb_per_s = 25.0              # one device's share of the node's adapters, one direction
@@ -73,6 +75,7 @@ class Chip:
     gb_efficiency: float
     watts: float
     cores: int = 0
+    measured_gb_per_s: float = 0.0
 
     @property
     def usable_bytes(self) -> float:
@@ -122,6 +125,7 @@ class Link:
     gb_per_s: float
     efficiency: float
     latency_us: float
+    measured_gb_per_s: float = 0.0
 
     @property
     def bytes_per_s(self) -> float:
@@ -167,6 +171,14 @@ def load_machine(name: str) -> Machine:
         raise UserError("machine.gpu", f"{name} is no known machine and no file",
                         did_you_mean(name, known_machines()) + " (or the path of a machine TOML)")
     return machine_from_tables(name, _tables(path))
+
+
+def is_cpu(name: str) -> bool:
+    """Whether a job's machine.gpu means cores that its ranks share: `cpu`, or what calibrate wrote of some."""
+    try:
+        return name == "cpu" or load_machine(name).chip.cores > 0
+    except UserError:
+        return False
 
 
 def machine_from_tables(name: str, tables: dict[str, Any]) -> Machine:

@@ -23,6 +23,7 @@ class Practice:
     recomputes_projections: bool = True  # "selective" repeats all of attention; False: without its products
     keeps_half_the_products: bool = False  # "selective" keeps every other product's result and the attention's instead
     grad_bytes: int = 4  # of a gradient as it is accumulated and reduced
+    keeps_both_grads: bool = False  # those in 16 bits live on beside the accumulated ones
     copies_owned_grads: bool = False  # the update works on an fp32 copy of the owned gradients
     bucket_bytes: float = 0.0  # of buffers through which gradients and weights pass when they are exchanged
     accumulate_bytes: int = 10  # memory traffic of adding one gradient element into the accumulated one

@@ -16,7 +16,7 @@ from hpcpar.config.load import load_job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
 from hpcpar.planner.flops import model_flops
-from hpcpar.planner.hardware import load_machine
+from hpcpar.planner.hardware import is_cpu, load_machine
 from hpcpar.units import format_count, format_seconds
 
 QUIET_S = 60.0
@@ -91,16 +91,15 @@ def model_flops_utilization(job: Job, tokens_per_s: float | None, ranks: int) ->
 
     None where there is no peak to speak of: in 32 or 64 bits, on a CPU, on a machine that the planner does not know.
     """
-    if not ranks or tokens_per_s is None or job.train.precision not in ("bf16", "fp16") or job.machine.gpu == "cpu":
+    gpu, precision = job.machine.gpu, job.train.precision
+    if not ranks or tokens_per_s is None or precision not in ("bf16", "fp16") or is_cpu(gpu):
         return None
     try:
-        machine = load_machine(job.machine.gpu)
+        peak = load_machine(gpu).peak_flops(precision)
     except UserError:
         return None
-    if machine.chip.cores:
-        return None
     flops = model_flops(job.model, 1) / job.model.seq  # a token
-    return tokens_per_s * flops / (ranks * machine.peak_flops(job.train.precision))
+    return tokens_per_s * flops / (ranks * peak)
 
 
 def _state(folder: RunFolder, journal: list[dict[str, Any]], quiet_s: float | None, limit_s: float) -> tuple[str, str]:
