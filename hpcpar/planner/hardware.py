@@ -157,6 +157,11 @@ class Machine:
         """Return the dense peak in FLOP/s."""
         return float(getattr(self.peak_tflops, precision)) * 1e12
 
+    @property
+    def peak_16_bits(self) -> float:
+        """The larger of both 16-bit peaks, in FLOP/s."""
+        return max(self.peak_flops("bf16"), self.peak_flops("fp16"))
+
 
 def known_machines() -> list[str]:
     """List the machines that hpcpar knows by name."""

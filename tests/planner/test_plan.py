@@ -65,6 +65,10 @@ def test_pictures_and_a_page(job_file: Path, tmp_path: Path) -> None:
     (["--layout.tp", "3"], "layout.tp: 3 must divide"), (["--layout.pp", "77"], "layout.pp"),
     (["--machine.gpu", "a100"], "machine.gpu"), (["--train.global_batch", "3361"], "train.global_batch"),
     (["--layout.ep", "2"], "no experts"), (["--layout.cp", "3"], "layout.cp"), (["--ladder", "gpt4"], "--ladder"),
+    (["--gpus", "-3"], "--gpus: -3 is no number above 0"), (["--gpus", "2.5"], "no whole number"),
+    (["--search", "--gpus", "0"], "--gpus"), (["--efficiency", "3"], "no share of the peak"),
+    (["--tokens", "many"], "--tokens: many is no number"), (["--budget=-4d"], "neither a number nor days"),
+    (["--plot", "/proc/nowhere"], "cannot be a folder"),
 ])
 def test_a_refused_job_is_one_line_and_exit_2(job_file: Path, words: list[str], said: str,
                                               capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +168,17 @@ def test_calculators(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in page, words
     assert main(["plan", "--ladder", "gpt3"]) == 0
     assert "3,637.6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["-5"], "no number of parameters"), (["nan"], "no number of parameters"), (["1e9", "--json"], "need a job file"),
+    (["1e9", "--submit.price_per_gpu_hour", "x"], "submit.price_per_gpu_hour"), ([], "needs a job file"),
+])
+def test_bad_sums_are_one_line_and_exit_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_the_planner_needs_no_torch() -> None:
