@@ -39,8 +39,8 @@ MEGATRON_2022 = dataclasses.replace(MEGATRON_2021, grad_bytes=4, accumulate_byte
 DEEPSPEED = dataclasses.replace(
     MEGATRON_2021, blocking_messages=4, scatters_gradients=False, reduces_whole=True, copies_owned_grads=True,
     bucket_bytes=2e9)
-# its optimizer for bf16 (bf16_optimizer.py of 2022, update_hp_grads): a gradient is copied into fp32 (2 + 4 bytes), then added
-# to the accumulated one (4 + 4 + 4)
+# its optimizer for bf16 (bf16_optimizer.py of 2022, update_hp_grads): a gradient is copied into fp32 (2 + 4 bytes),
+# then added to the accumulated one (4 + 4 + 4)
 DEEPSPEED_BF16 = MappingProxyType({
     "grad_bytes": 4, "accumulate_bytes": 18, "keeps_both_grads": True, "copies_owned_grads": False})
 BLOOM = dataclasses.replace(DEEPSPEED, ceil_split=True, blocking_launches=True)
