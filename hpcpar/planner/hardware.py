@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ from typing import Any
 from hpcpar.errors import UserError, did_you_mean
 
 KNOWN = Path(__file__).parent / "machines"
+ALIGNMENTS = (1, 2, 4, 8, 16, 32, 64)
+MAY_BE_0 = frozenset({"reserved_gib", "launch_us", "latency_us", "half_depth", "watts", "cores", "measured_gb_per_s"})
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,10 @@ def is_cpu(name: str) -> bool:
 def machine_from_tables(name: str, tables: dict[str, Any]) -> Machine:
     """Build a machine from nested tables, checking every key."""
     hints = typing.get_type_hints(Machine)
-    parts: dict[str, Any] = {"name": name, "source": tuple(tables.pop("source", ()))}
+    source = tables.pop("source", ())
+    if not isinstance(source, list | tuple) or not all(isinstance(line, str) for line in source):
+        raise UserError(f"{name}: source", f"is {source!r}, must be a list of texts", 'write source = ["..."]')
+    parts: dict[str, Any] = {"name": name, "source": tuple(source)}
     for table, kind in hints.items():
         if table not in parts:
             parts[table] = _part(f"{name}: {table}", kind, tables.pop(table, {}))
@@ -216,6 +222,8 @@ def _tables(path: Path) -> dict[str, Any]:
     base = tables.pop("base", None)
     if base is None:
         return tables
+    if base not in known_machines():
+        raise UserError(f"{path}: base", f"{base} is no known machine", did_you_mean(str(base), known_machines()))
     beneath = _tables(KNOWN / f"{base}.toml")
     merged = {**beneath, **tables}
     for key, value in beneath.items():
@@ -239,8 +247,22 @@ def _part(where: str, kind: Any, table: Any) -> Any:
 
 
 def _number(where: str, hint: Any, value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise UserError(where, f"is {value!r}, must be a number of at least 0", "mend that line")
+    name = where.rpartition(".")[2]
+    if name == "measured":
+        if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == 4 for row in value):
+            raise UserError(where, f"is {value!r}, must be rows of m, n, k, TFLOP/s", "see hpcpar/planner/hardware.py")
+        return tuple(tuple(_number(f"{where} row {i}", float, v) for v in row) for i, row in enumerate(value, 1))
+    if name == "tile":
+        if not isinstance(value, list) or len(value) != 2:
+            raise UserError(where, f"is {value!r}, must be two numbers", "for example tile = [256, 128]")
+        return tuple(_number(f"{where} side", int, side) for side in value)
+    least = "at least" if name in MAY_BE_0 else "above"
+    legal = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) \
+        and (value > 0 or (value == 0 and name in MAY_BE_0))
+    if not legal:
+        raise UserError(where, f"is {value!r}, must be a number {least} 0", "mend that line")
+    if hint is int and value != int(value):
+        raise UserError(where, f"is {value!r}, must be a whole number", f"for example {round(value)}")
+    if name == "alignment" and value not in ALIGNMENTS:
+        raise UserError(where, f"is {value!r}, must be a power of 2 up to 64", "64 on GPUs, 1 on CPUs")
     return int(value) if hint is int else float(value)

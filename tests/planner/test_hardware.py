@@ -47,7 +47,16 @@ def test_a_users_machine_stands_on_a_known_one(tmp_path: Path) -> None:
     ('base = "a100-80g"\n[chip]\nmemory = 1\n', "did you mean memory_gib?"),
     ('base = "a100-80g"\n[links]\nx = 1\n', "unknown table"),
     ("[chip]\nmemory_gib = 80.0\n", "is missing"),
-    ("[chip\n", "is not a machine TOML"),
+    ("[chip\n", "is not a machine TOML"), ('base = "a100-80gg"\n', "did you mean a100-80g?"),
+    ("base = 3\n", "3 is no known machine"), ('base = "a100-80g"\nsource = 3\n', "must be a list of texts"),
+    ('base = "a100-80g"\n[chip]\ngb_per_s = 0\n', "above 0"), ('base = "a100-80g"\n[chip]\ncores = 2.5\n', "whole"),
+    ('base = "a100-80g"\n[peak_tflops]\nbf16 = nan\n', "above 0"),
+    ('base = "a100-80g"\n[matmul]\nmeasured = 3\n', "rows"),
+    ('base = "a100-80g"\n[inside]\ndevices = 0\n', "devices"),
+    ('base = "a100-80g"\n[matmul]\nunits = 0\n', "matmul.units: is 0, must be a number above 0"),
+    ('base = "a100-80g"\n[matmul]\ntile = [128]\n', "must be two numbers"),
+    ('base = "a100-80g"\n[matmul]\nalignment = 3\n', "power of 2"),
+    ('base = "a100-80g"\n[matmul]\nmeasured = [[1, 2, 3, "x"]]\n', "measured row 1"),
 ])
 def test_a_bad_machine_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "bad.toml"
