@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hpcpar.config.job import Job, required
-from hpcpar.layout.schedule import place_chunks
+from hpcpar.layout.schedule import Schedule, in_flight, place_chunks
+from hpcpar.layout.schedule.table import parse_table
 from hpcpar.layout.stages import split_layers
 from hpcpar.planner.compute import Cut, Seconds, ends_time, layer_time
 from hpcpar.planner.hardware import Machine
@@ -15,7 +16,7 @@ from hpcpar.planner.network import gather_s, message_s, ring
 from hpcpar.planner.params import Counts, rank_counts
 from hpcpar.planner.practice import TRAINER, Practice
 from hpcpar.planner.sharing import Node, as_rank_sees, shared_length_s
-from hpcpar.planner.timeline import held, pipeline_s, played_s, steady_step_s
+from hpcpar.planner.timeline import held, length_s, pipeline_s, played_s, steady_step_s
 
 BESIDE = 0.10  # of the time of an exchange that runs beside products: what it takes from their multiprocessors
 TAIL = 0.1  # of the last backward: its gradients come too late for their sum to be hidden
@@ -68,7 +69,8 @@ class Pricing:
         self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.sequence_parallel and wish.tp > 1,
                        train.precision)
         self.dp_ring = ring(machine, self.dp * wish.cp, wish.tp)
-        self.chunk_ranks = place_chunks(wish.schedule, wish.pp, wish.chunks)
+        self.own = parse_table(wish, self.num_microbatches) if wish.schedule == "table" else None  # a user's schedule
+        self.chunk_ranks = self.own.chunk_ranks if self.own else place_chunks(wish.schedule, wish.pp, wish.chunks)
         self.layers = chunk_layers(job.model.layers, self.chunk_ranks, practice)
 
     @cached_property
@@ -171,12 +173,18 @@ class Pricing:
     def _pipeline_s(self) -> float:
         wish = self.job.layout
         forward, backward = [c.forward.total for c in self.chunks], [c.backward.total for c in self.chunks]
+        message_s = self.boundary_s if wish.pp > 1 else 0.0
+
+        def play_all(schedule: Schedule) -> float:
+            if self.node.cores:
+                return shared_length_s(schedule, forward, backward, wish.tp * wish.cp * self.dp, self.node)
+            return length_s(schedule, forward, backward, message_s)
+
+        if self.own:
+            return play_all(self.own)
         if self.node.cores:
-            stage_ranks = wish.tp * wish.cp * self.dp
-            return played_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks,
-                            lambda schedule: shared_length_s(schedule, forward, backward, stage_ranks, self.node))
-        return pipeline_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks,
-                          forward, backward, self.boundary_s if wish.pp > 1 else 0.0)
+            return played_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks, play_all)
+        return pipeline_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks, forward, backward, message_s)
 
     def _quick_pipeline_s(self, work: list[float]) -> float:
         """The length within a few per cent, for comparing thousands of layouts."""
@@ -231,8 +239,9 @@ class Pricing:
     def rank_memory(self, rank: int, numel: int | None = None) -> Memory:
         """Return a pipeline rank's memory."""
         wish, mine, last = self.job.layout, self.chunks_by_rank[rank], len(self.layers) - 1
-        flying = held(wish.schedule, wish.pp, self.num_microbatches, wish.chunks)
-        return stage_memory(self.job, sum(self.layers[c] for c in mine), numel or self.rank_numel(rank), flying[rank],
+        flying = in_flight(self.own.orders[rank]) / wish.chunks if self.own else held(
+            wish.schedule, wish.pp, self.num_microbatches, wish.chunks)[rank]
+        return stage_memory(self.job, sum(self.layers[c] for c in mine), numel or self.rank_numel(rank), flying,
                             0 in mine, last in mine, self.practice)
 
     def least_memory_bytes(self) -> float:

@@ -11,7 +11,9 @@ import pytest
 from hpcpar.cli import main
 from hpcpar.config.load import to_toml
 from hpcpar.errors import UserError
+from hpcpar.layout.schedule import make_schedule
 from hpcpar.planner.money import best_checkpoint_interval, goodput, total_samples
+from hpcpar.planner.picture import draw_plan
 from hpcpar.planner.plan import make_plan
 from hpcpar.planner.unequal import share_out
 from tests.planner.jobs import job_of, mt_nlg, yuan
@@ -51,6 +53,22 @@ def test_the_page_says_what_people_ask(job_file: Path, capsys: pytest.CaptureFix
                   "weights", "activations", "logits", "fits", "pipeline bubble", "goodput", "MWh", "a GPU-hour",
                   "(p-1)/(v m) = 7.7%", "checkpoint stall"):
         assert words in page, words
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("interleaved", 2), ("zbv", 2)])
+@pytest.mark.parametrize("gpu", ["a100-80g", "cores"])
+def test_a_users_table_is_foretold_as_the_schedule_that_it_spells(name: str, chunks: int, gpu: str,
+                                                                   tmp_path: Path) -> None:
+    if gpu == "cores":
+        gpu = str(tmp_path / "cores.toml")
+        Path(gpu).write_text('base = "cpu"\n[chip]\ncores = 2\n', encoding="utf-8")
+    orders = make_schedule(name, 2, 4, chunks).orders
+    lines = [" ".join(f"{a.chunk}{a.kind.value}{a.microbatch}" for a in order) for order in orders]
+    plans = [make_plan(job_of(8, 256, 8, 1, 2, 1, 4, machine={"gpu": gpu}, layout={"chunks": chunks} | wish))
+             for wish in ({"schedule": name}, {"schedule": "table", "table": lines})]
+    assert plans[1].time.total == pytest.approx(plans[0].time.total)
+    assert plans[1].memory == plans[0].memory
+    assert all(path.is_file() for path in draw_plan(plans[1], tmp_path))
 
 
 def test_pictures_and_a_page(job_file: Path, tmp_path: Path) -> None:
