@@ -11,6 +11,8 @@ from hpcpar.commands.command import Command, Words
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
 
+BUSY = 0.5  # relative error of a product, from which on no constants describe what was measured
+
 
 def commands() -> list[Command]:
     """List this module's commands."""
@@ -49,7 +51,9 @@ def _calibrate(args: argparse.Namespace, words: Words, surroundings: Surrounding
             f"hpcpar calibrate, {datetime.date.today()}, {surroundings.host}: {measured.device}, "
             f"{measured.ranks_per_node} ranks a node{shared}"])
         path.write_text(machine_toml(machine), encoding="utf-8")
-        print(f"worst of {len(measured.products)} products {worst_product(machine, measured):.0%} off")
+        worst = worst_product(machine, measured)
+        print(f"worst of {len(measured.products)} products {worst:.0%} off"
+              + (": something else runs here; calibrate again when the machine is quiet" if worst > BUSY else ""))
         print(f"wrote {path}; next: hpcpar plan JOB --machine.gpu {path}")
     world.control.barrier()
     return 0

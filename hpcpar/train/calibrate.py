@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +58,19 @@ class Stopwatch:
         batch = 20 if self._device.type == "cuda" else 1
         call()
         self._world.control.barrier()
-        start, num = self._now(), 0
-        while (spent := self._now() - start) < WINDOW_S or num < 2 * batch:
+        spent: list[float] = []
+        before, end = self._now(), self._now() + WINDOW_S
+        while before < end or len(spent) < 2:
             for _ in range(batch):
                 call()
-            num += batch
-        everyones: list[tuple[int, float]] = self._world.control.all_gather((num, spent))
-        return self.part * sum(seconds for _, seconds in everyones) / sum(calls for calls, _ in everyones)
+            after = self._now()
+            spent.append((after - before) / batch)
+            before = after
+        everyones: list[tuple[int, float, float]] = self._world.control.all_gather(
+            (len(spent), sum(spent), median(spent)))
+        if self.part == 1:  # no rank shares its cores: what took longer was disturbed from outside
+            return sum(middle for _, _, middle in everyones) / len(everyones)
+        return self.part * sum(seconds for _, seconds, _ in everyones) / sum(calls for calls, _, _ in everyones)
 
     def together_s(self, call: Callable[[], object]) -> float:
         """Return the seconds of one call that all ranks make equally often, because it holds exchanges."""
