@@ -49,7 +49,7 @@ def search(job: Job, num_gpus: int, machine: Machine | None = None, practice: Pr
     priced: list[tuple[float, Job]] = []
     for candidate in _candidates(job, num_gpus, chosen, found.refused):
         pricing = Pricing(candidate, chosen, practice)
-        if pricing.least_memory_bytes() > (1 - SPARE) * chosen.chip.usable_bytes:
+        if pricing.least_memory_bytes() > (1 - SPARE) * pricing.machine.chip.usable_bytes:
             found.refused[f"recompute {candidate.layout.recompute}, ZeRO-{candidate.layout.zero}: does not fit with "
                           f"{SPARE:.0%} to spare"] += 1
             continue
@@ -145,7 +145,7 @@ def remedies(plan: Plan, most: int = 3) -> list[str]:
             changed = resolve(override(job, layout=layout, train={"microbatch": microbatch}), on_paper=True)
         except UserError:
             continue
-        other = make_plan(changed, plan.machine, plan.pricing.practice, exact=False)
+        other = make_plan(changed, plan.pricing.whole, plan.pricing.practice, exact=False)
         if other.fits and other.time.total > 0:
             found.append((other.time.total, f"--{text}: {format_bytes(other.spare_bytes)} spare, a step of "
                           f"{format_seconds(other.time.total)}"))
