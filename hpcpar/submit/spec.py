@@ -28,6 +28,7 @@ class SubmitSpec:
     gres: str
     exclude: tuple[str, ...]
     setup: tuple[str, ...]
+    mpi: str
     srun_args: tuple[str, ...]
     min_nodes: int  # fewer than `nodes` where the job is elastic
 
@@ -114,6 +115,7 @@ def submit_spec(job: Job, name: str) -> SubmitSpec:
         gres=wish.gres,
         exclude=wish.exclude,
         setup=wish.setup,
+        mpi=wish.mpi,
         srun_args=srun_args(job),
         min_nodes=fewest_nodes(job) if wish.elastic else job.machine.nodes,
     )

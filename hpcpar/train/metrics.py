@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from hpcpar.config.job import Job
 from hpcpar.config.run_folder import RunFolder
@@ -52,6 +51,8 @@ class Metrics:
         kept = [line for line in read_metrics(run.metrics) if line["step"] <= progress.step]
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = run.metrics.open("a", buffering=1)
+        from torch.utils.tensorboard import SummaryWriter  # here: only rank 0 needs it, and its import takes long
+
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=progress.step + 1)
         self._num_failed = 0
         self._shown = 0.0
