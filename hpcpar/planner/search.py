@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,8 +128,8 @@ def _schedules(num_layers: int, pp: int, num_microbatches: int, refused: Counter
     return tried + [("interleaved", v) for v in (2, 3, 4, 6, 8) if v * pp <= num_layers and num_layers % (v * pp) == 0]
 
 
-def remedies(plan: Plan, most: int = 3) -> list[str]:
-    """Name the single changes that make a plan fit, cheapest in time first."""
+def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda job: True) -> list[str]:
+    """Name the single changes that need less memory and make a plan fit, cheapest in time first."""
     job, wish, micro = plan.job, plan.job.layout, plan.job.train.microbatch
     dp = required(wish.dp)
     changes: list[tuple[str, dict[str, Any], int]] = [
@@ -144,6 +144,8 @@ def remedies(plan: Plan, most: int = 3) -> list[str]:
         try:
             changed = resolve(override(job, layout=layout, train={"microbatch": microbatch}), on_paper=True)
         except UserError:
+            continue
+        if not accept(changed):
             continue
         other = make_plan(changed, plan.pricing.whole, plan.pricing.practice, exact=False)
         if other.fits and other.time.total > 0:
