@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import subprocess
+import sys
 
 import pytest
 
 from hpcpar import cli
 from hpcpar.comm.control import Alone
 from hpcpar.config.surroundings import Surroundings
-from hpcpar.doctor import Finding, _safely, _slowest_link
+from hpcpar.doctor import Finding, _safely
 
 
 def test_one_process_is_told_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,14 +22,15 @@ def test_one_process_is_told_what_the_machine_has(capsys: pytest.CaptureFixture[
     assert sum("fix: " in line for line in lines) == num_failed and code == (3 if num_failed else 0)
 
 
-def test_the_slowest_link_is_named() -> None:
-    class Told(Alone):
-        def all_gather(self, value: Any) -> list[Any]:
-            return [{"1": 4.0, "2": 4.2}, {"0": 4.1, "2": 0.4}, {"1": 0.5, "0": 4.0}]
-
-    assert str(_slowest_link(Told(), {})).endswith("median 4 GB/s between neighbours over MPI, least 0.4 between "
-                                                   "ranks 1 and 2")
-    assert _slowest_link(Alone(), {}).found == "one rank: no link"
+def test_ranks_measure_their_links_and_their_hosts() -> None:
+    """Three ranks under MPI; who falls behind is judged as in a job's prologue (tests/submit/test_health.py)."""
+    told = {}
+    for words in (["doctor"], ["doctor", "node"]):
+        done = subprocess.run(["mpirun", "-n", "3", sys.executable, "-m", "hpcpar.cli", *words], text=True,
+                              capture_output=True, timeout=60, check=False)
+        told[len(words)] = [line.split()[:2] for line in done.stdout.splitlines()]
+    assert ["ok", "all-reduce"] in told[1] and ["ok", "links"] in told[1], told
+    assert ["ok", "matmul"] in told[2] and ["ok", "disk"] in told[2] and ["ok", "memory"] in told[2], told
 
 
 def test_a_broken_part_is_a_finding_and_not_the_end() -> None:

@@ -124,7 +124,7 @@ def test_no_global_that_changes(path: Path) -> None:
     ("config", "torch mpi4py numpy h5py"),
     ("layout", "torch mpi4py h5py"),
     ("planner", "torch mpi4py h5py matplotlib"),
-    ("checkpoint", "torch"),
+    ("checkpoint", "torch mpi4py"),
     ("submit", "torch mpi4py"),
 ])
 def test_these_rooms_do_without_torch(folder: str, barred: str) -> None:
