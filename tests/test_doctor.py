@@ -1,4 +1,4 @@
-"""`hpcpar doctor`: a look at this machine, and at what lies between the ranks."""
+"""`hpcpar doctor`: a look at this machine, and who falls behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from hpcpar import cli
-from hpcpar.comm.control import Alone
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.doctor import Finding, _safely
 
