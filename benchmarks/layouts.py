@@ -98,7 +98,7 @@ class Stopwatch:
         return before
 
     def note(self, action: str) -> None:
-        self.switch(action.strip("0123456789"))  # "0F3" is chunk, kind, microbatch
+        self.switch(action.strip("0123456789"))
 
     def clear_once(self) -> None:
         """Forget the warm-up: called at the barrier before the timed steps, and again, without effect, after them."""

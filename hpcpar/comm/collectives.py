@@ -36,6 +36,17 @@ def reduce_scatter_flat(out: Tensor, whole: Tensor, group: Group, async_op: bool
     return work
 
 
+def zeros_of(group: Group | None, numel: int, dtype: torch.dtype, device: torch.device, common: bool = False) -> Tensor:
+    """Return zeros [numel], in memory that the group shares where its backend has such: reductions then copy nothing.
+
+    `common`: there all ranks get the same memory, so that gathering each one's part moves nothing; it must not be
+    written while another rank may read it. All ranks of the group must call.
+    """
+    shared = getattr(group, "shared", None)
+    found: Tensor | None = shared(numel, dtype, common) if shared is not None and device.type == "cpu" else None
+    return torch.zeros(numel, dtype=dtype, device=device) if found is None else found
+
+
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Return the sum of x over the group, in a new tensor. Cost: 2 (n-1)/n of its bytes a rank."""
     total = x.clone(memory_format=torch.contiguous_format)

@@ -18,6 +18,9 @@ Private or undocumented parts of torch that this leans on (tested on torch 2.11 
 
 Rules that callers keep: all ranks of a group call its collectives in the same order; a tensor is not touched before
 its work is waited for. The same call gives the same bits in every run with the same MPI library.
+
+Groups whose ranks are all on one host do the collectives that training is made of in shared memory (`mpi_shared`);
+`MPIProcessGroup.shared` gives memory in which they copy nothing at all. Everything else is MPI's.
 """
 
 # ruff: noqa: D102 - the operations are torch's, and so are their descriptions
@@ -26,65 +29,67 @@ its work is waited for. The same call gives the same bits in every run with the 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from .mpi_buffers import as_bytes, cut, flatten, for_reduction, must_fit, overlap, parts, receive_into, send_from, store
+from .mpi_buffers import (
+    as_bytes,
+    cut,
+    flatten,
+    for_reduction,
+    must_fit,
+    must_reduce,
+    overlap,
+    parts,
+    receive_into,
+    send_from,
+    store,
+)
+from .mpi_lanes import Lanes
 from .mpi_patience import Patience
+from .mpi_shared import OneHost
+from .mpi_work import MPIWork, Nobody, Observer, Step
 
 _MAX_UNWAITED = 64
 
-# A request in flight, what is left to do once it is complete, and its buffers: mpi4py does not keep a tensor's memory
-# alive until then (seen on Open MPI: a copy freed too early is sent as whatever was allocated in its place).
-Step = tuple[MPI.Request, Callable[[], object] | None, object]
 
+@dataclass(frozen=True)
+class Home:
+    """What the groups of a process have in common."""
 
-class Observer(Protocol):
-    """Is told of every operation: a flight recorder, a counter of bytes."""
+    world: MPI.Intracomm
+    on_host: frozenset[int]  # ranks of `world` that share memory with this one
+    patience: Patience
+    observer: Observer
+    lanes: list[Lanes]  # of all groups that have any
 
-    def group(self, name: str, ranks: Sequence[int]) -> int:
-        """Return the number by which `begin` is told of a group of global ranks."""
-
-    def begin(self, group: int, operation: str, num_bytes: int, peer: int = -1) -> int:
-        """Note that an operation was started; return its number. `peer`: the other global rank of a message."""
-
-    def wait(self, number: int) -> None:
-        """Note that the rank now waits for an operation."""
-
-    def end(self, number: int) -> None:
-        """Note that an operation is complete."""
-
-
-class Nobody:
-    """An observer that looks away."""
-
-    def group(self, name: str, ranks: Sequence[int]) -> int:
-        return 0
-
-    def begin(self, group: int, operation: str, num_bytes: int, peer: int = -1) -> int:
-        return 0
-
-    def wait(self, number: int) -> None: ...
-
-    def end(self, number: int) -> None: ...
+    def progress(self) -> None:
+        """Go on with whatever is in flight in shared memory; MPI does the same for its own in every call."""
+        for lanes in self.lanes:
+            if not lanes.idle:
+                lanes.advance()
 
 
 def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: Patience | None = None,
              observer: Observer | None = None) -> None:
     """Make `name` known to torch.distributed as a backend for CPU tensors; a second call with that name does nothing.
 
-    Rank i of torch's default group is rank i of `comm` (MPI.COMM_WORLD by default).
+    Rank i of torch's default group is rank i of `comm` (MPI.COMM_WORLD by default); all its ranks must call.
     """
     if hasattr(dist.Backend, name.upper()):
         return
-    world, waiting, watching = comm or MPI.COMM_WORLD, patience or Patience(), observer or Nobody()
+    world = comm or MPI.COMM_WORLD
+    neighbours = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
+    home = Home(world, frozenset(neighbours.allgather(world.rank)), patience or Patience(), observer or Nobody(), [])
+    neighbours.Free()
 
     def create(options: Any, pg_options: object) -> MPIProcessGroup:
         ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
@@ -93,7 +98,7 @@ def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: 
                 f"torch global rank {ranks[options.group_rank]} is rank {world.rank} of the MPI communicator; "
                 "start torch.distributed with rank=comm.rank, or register with a communicator in torch's order"
             )
-        return MPIProcessGroup(_subset(world, ranks, options.group_id), name, options.timeout, waiting, watching, ranks)
+        return MPIProcessGroup(_subset(world, ranks, options.group_id), name, options.timeout, home, ranks)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 
@@ -114,77 +119,18 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-class MPIWork(dist.Work):
-    """One or more MPI requests, the buffers they use, and what is to be done when they are complete.
-
-    get_future() completes it at once: MPI calls nobody back, so that nothing could fulfil a future later.
-    """
-
-    def __init__(self, steps: list[Step], outputs: list[Tensor], patience: Patience, timeout: timedelta,
-                 in_flight: set[MPIWork], message: bool, observer: Observer, number: int):
-        super().__init__()
-        self._message, self._observer, self._number = message, observer, number
-        self._requests = [step[0] for step in steps]
-        self._finish = [step[1] for step in steps if step[1]]
-        self._buffers: list[object] = [step[2] for step in steps]
-        self._outputs, self._patience, self._timeout, self._in_flight = outputs, patience, timeout, in_flight
-        self._status = MPI.Status()
-        in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request
-
-    def is_completed(self) -> bool:
-        """Return whether the operation is complete, finishing it if it just became so."""
-        if not self._requests:
-            return True
-        if len(self._requests) == 1:
-            complete = self._requests[0].Test(self._status)
-        else:
-            complete = MPI.Request.Testall(self._requests)
-        if complete:
-            self._requests = []
-            for finish in self._finish:
-                finish()
-            self._finish, self._buffers = [], []
-            self._in_flight.discard(self)
-            self._observer.end(self._number)
-        return complete
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Complete the operation; raise TimeoutError after `timeout` (0: the group's)."""
-        if self._requests:
-            self._observer.wait(self._number)
-        self._patience.wait(self.is_completed, (timeout or self._timeout).total_seconds(), self._message)
-        return True
-
-    def synchronize(self) -> None:
-        self.wait()
-
-    def result(self) -> list[Tensor]:
-        self.wait()
-        return self._outputs
-
-    def get_future(self) -> torch.futures.Future[list[Tensor]]:
-        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-        future.set_result(self.result())
-        return future
-
-    def source_rank(self) -> int:
-        return self._status.Get_source()
-
-    _source_rank = source_rank
-
-
 class MPIProcessGroup(dist.ProcessGroup):
     """A process group whose operations are MPI's on `comm`, which it owns and frees in `shutdown()`.
 
-    Every operation starts a non-blocking MPI one and returns its `MPIWork`, already complete if `asyncOp` is off in the
-    options. Contiguous tensors are used where they lie; others, and 16-bit floats in reductions, through a copy.
+    Every operation starts a non-blocking one and returns its `MPIWork`, already complete if `asyncOp` is off in the
+    options. Contiguous tensors are used where they lie; others, and 16-bit floats in MPI's reductions, through a copy.
     """
 
-    def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta, patience: Patience, observer: Observer,
-                 ranks: Sequence[int]):
+    def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta, home: Home, ranks: Sequence[int]):
         super().__init__(comm.rank, comm.size)
-        self._comm, self._backend_name, self._timeout, self._patience = comm, name, timeout, patience
-        self._observer, self._ranks, self._number = observer, ranks, -1
+        self._comm, self._backend_name, self._timeout, self._home = comm, name, timeout, home
+        self._ranks, self._number = ranks, -1
+        self._host = OneHost(comm, home.lanes) if len(ranks) > 1 and home.on_host.issuperset(ranks) else None
         self._group_name = self._group_desc = ""
         self._in_flight: set[MPIWork] = set()
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, None)
@@ -192,13 +138,14 @@ class MPIProcessGroup(dist.ProcessGroup):
     def _work(self, operation: str, num_bytes: int, steps: list[Step], outputs: list[Tensor], opts: Any = None,
               peer: int | None = None) -> MPIWork:
         if self._number < 0:  # now, not when the group was made: torch names it later
-            self._number = self._observer.group(self._group_desc or self._group_name, self._ranks)
-        number = self._observer.begin(self._number, operation, num_bytes, -1 if peer is None else self._global(peer))
+            self._number = self._home.observer.group(self._group_desc or self._group_name, self._ranks)
+        other = -1 if peer is None else self._global(peer)
+        number = self._home.observer.begin(self._number, operation, num_bytes, other)
         if len(self._in_flight) >= _MAX_UNWAITED:  # someone never waits for sends: let go of the complete ones
             for work in list(self._in_flight):
                 work.is_completed()
-        work = MPIWork(steps, outputs, self._patience, self._timeout, self._in_flight, peer is not None,
-                       self._observer, number)
+        work = MPIWork(steps, outputs, self._home.patience, self._timeout, self._in_flight, peer is not None,
+                       self._home.observer, number, self._home.progress)
         if opts is not None and not opts.asyncOp:
             work.wait()
         return work
@@ -209,6 +156,10 @@ class MPIProcessGroup(dist.ProcessGroup):
     # -- one tensor in, one tensor out: the steps that the operations below are made of
 
     def _allreduce_step(self, tensor: Tensor, op: dist.ReduceOp) -> Step:
+        must_reduce(tensor, op)
+        flat = flatten(tensor)
+        if self._host and (ticket := self._host.all_reduce(flat, op)):
+            return ticket, lambda: store(tensor, flat), flat
         flat, mpi_op = for_reduction(tensor, op)
         request = self._comm.Iallreduce(MPI.IN_PLACE, flat.numpy(), mpi_op)
         return request, lambda: store(tensor, flat, op, self.size()), flat
@@ -219,13 +170,21 @@ class MPIProcessGroup(dist.ProcessGroup):
         in_place = piece.data_ptr() == out.data_ptr() + self.rank() * piece.nbytes
         if overlap(piece, out) and not in_place:
             piece = piece.clone()
+        if self._host and (ticket := self._host.all_gather(out, piece)):
+            return ticket, lambda: store(output, out), (piece, out)
         send: Any = MPI.IN_PLACE if in_place else as_bytes(piece)
         return self._comm.Iallgather(send, as_bytes(out)), lambda: store(output, out), (piece, out)
 
     def _reduce_scatter_step(self, output: Tensor, source: Tensor, op: dist.ReduceOp) -> Step:
-        pieces, mpi_op = for_reduction(source, op)
+        must_reduce(source, op)
         must_fit(source, output, self.size())
         out = flatten(output)
+        pieces = flatten(source)
+        if overlap(out, pieces) and out.data_ptr() != pieces.data_ptr() + self.rank() * out.nbytes:
+            out = torch.empty_like(out)  # elsewhere in the source: others may still read what lies there
+        if self._host and (ticket := self._host.reduce_scatter(out, pieces, op)):
+            return ticket, lambda: store(output, out), (pieces, out)
+        pieces, mpi_op = for_reduction(source, op)
         if out.dtype != pieces.dtype or overlap(out, pieces):
             out = torch.empty(output.numel(), dtype=pieces.dtype)
         request = self._comm.Ireduce_scatter_block(pieces.numpy(), out.numpy(), mpi_op)
@@ -242,11 +201,13 @@ class MPIProcessGroup(dist.ProcessGroup):
     def broadcast(self, tensors: list[Tensor], opts: Any) -> MPIWork:
         (tensor,) = tensors
         flat = flatten(tensor)
-        request = self._comm.Ibcast(as_bytes(flat), opts.rootRank)
+        ticket = self._host.broadcast(flat, opts.rootRank) if self._host else None
+        request = ticket or self._comm.Ibcast(as_bytes(flat), opts.rootRank)
         return self._work("broadcast", flat.nbytes, [(request, lambda: store(tensor, flat), flat)], tensors, opts)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:
         (tensor,) = tensors
+        must_reduce(tensor, opts.reduceOp)
         flat, mpi_op = for_reduction(tensor, opts.reduceOp)
         if self.rank() != opts.rootRank:
             request = self._comm.Ireduce(flat.numpy(), None, mpi_op, opts.rootRank)
@@ -284,6 +245,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def reduce_scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:
         (output,), (pieces,), op = outputs, sources, opts.reduceOp
+        must_reduce(output, op)
         flat, mpi_op = for_reduction(torch.cat([piece.detach().reshape(-1) for piece in pieces]), op)
         out = torch.empty(output.numel(), dtype=flat.dtype)
         request = self._comm.Ireduce_scatter(flat.numpy(), out.numpy(), [piece.numel() for piece in pieces], mpi_op)
@@ -324,7 +286,8 @@ class MPIProcessGroup(dist.ProcessGroup):
         return self._work("all_to_all", source.nbytes, [(request, finish, (send, recv))], [output], opts)
 
     def barrier(self, opts: Any = None) -> MPIWork:
-        return self._work("barrier", 0, [(self._comm.Ibarrier(), None, None)], [], opts)
+        ticket = self._host.barrier() if self._host else None
+        return self._work("barrier", 0, [(ticket or self._comm.Ibarrier(), None, None)], [], opts)
 
     # -- between two ranks
 
@@ -349,8 +312,20 @@ class MPIProcessGroup(dist.ProcessGroup):
         """Wait for what is in flight and free the communicator; all members call it. A second call does nothing."""
         for work in list(self._in_flight):
             work.wait()
+        if self._host is not None:
+            self._host.close()
         if self._comm != MPI.COMM_NULL:
             self._comm.Free()
+
+    def shared(self, numel: int, dtype: torch.dtype, common: bool = False) -> Tensor | None:
+        """Return a zeroed tensor [numel] that lies in memory of the whole group, or None where there is none for all.
+
+        Reductions of it read every rank's elements where they are. `common`: all ranks get the same elements; an
+        all-gather of each rank's own part then only waits until all are there, and the callers see to it that nobody
+        writes what another still reads. All ranks must call. The memory lives as long as a tensor in it.
+        """
+        found = None if self._host is None else self._host.allocate(numel * dtype.itemsize, common)
+        return None if found is None else found.view(dtype)
 
     def getBackendName(self) -> str:
         return self._backend_name

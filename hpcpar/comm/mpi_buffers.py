@@ -47,11 +47,14 @@ def must_fit(whole: Tensor, piece: Tensor, size: int) -> None:
 
 def for_reduction(tensor: Tensor, op: dist.ReduceOp) -> tuple[Tensor, MPI.Op]:
     """Return the elements in a dtype that MPI can reduce (a view where possible) and the MPI operation."""
-    kind = op.op
-    if kind not in _OPS or (kind == _RedOp.AVG and not tensor.dtype.is_floating_point):
-        raise ValueError(f"cannot reduce {tensor.dtype} by {kind} over MPI")
     ops = _BOOL_OPS if tensor.dtype == torch.bool else _OPS
-    return flatten(tensor.detach().to(_REDUCED_AS.get(tensor.dtype, tensor.dtype))), ops[kind]
+    return flatten(tensor.detach().to(_REDUCED_AS.get(tensor.dtype, tensor.dtype))), ops[op.op]
+
+
+def must_reduce(tensor: Tensor, op: dist.ReduceOp) -> None:
+    """Raise ValueError unless a tensor of this dtype can be reduced by `op`."""
+    if op.op not in _OPS or (op.op == _RedOp.AVG and not tensor.dtype.is_floating_point):
+        raise ValueError(f"cannot reduce {tensor.dtype} by {op.op} over MPI")
 
 
 def store(target: Tensor, flat: Tensor, op: dist.ReduceOp | None = None, size: int = 1) -> None:

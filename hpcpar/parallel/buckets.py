@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpcpar.comm.collectives import zeros_of
+from hpcpar.comm.groups import Group
 from hpcpar.layout.buckets import Bucket, Slot
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")  # what a shard consists of, as a checkpoint stores it
@@ -17,12 +19,15 @@ class FlatBucket:
     [numel / num_shards] in the main dtype. Where both dtypes are equal the master weights are the weights themselves.
     """
 
-    def __init__(self, bucket: Bucket, num_shards: int, index: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, bucket: Bucket, num_shards: int, index: int, dtype: torch.dtype, device: torch.device,
+                 group: Group | None = None):
+        """Allocate it for a rank that owns shard `index`; all ranks of `group`, which share the bucket, must call."""
         main = torch.float64 if dtype == torch.float64 else torch.float32
         self.bucket = bucket
         self.start, self.stop = bucket.shard(num_shards, index)
-        self.weights = torch.zeros(bucket.numel, dtype=dtype, device=device)
-        self.grads = torch.zeros(bucket.numel, dtype=main, device=device)
+        # weights are written between two collectives only, each part by its owner: one memory can serve a whole host
+        self.weights = zeros_of(group, bucket.numel, dtype, device, common=num_shards > 1)
+        self.grads = zeros_of(group, bucket.numel, main, device)
         owned = self.weights[self.start:self.stop]
         self.shard = {"weight": owned if dtype == main else torch.zeros_like(owned, dtype=main)}
         for kind in KINDS[1:]:

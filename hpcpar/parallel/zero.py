@@ -34,7 +34,7 @@ class ShardedOptimizer:
         at = groups.at
         self.layout, self.groups = layout, groups
         index = at.dp_rank if layout.num_shards > 1 else 0
-        self.buckets = [FlatBucket(b, layout.num_shards, index, dtype, device)
+        self.buckets = [FlatBucket(b, layout.num_shards, index, dtype, device, groups.dp)
                         for b in layout.buckets(at.pp_rank, at.tp_rank)]
         self.pieces = layout.held_pieces(layout.mesh.rank(at))
         self._put_off = put_off

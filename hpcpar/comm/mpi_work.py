@@ -1,0 +1,116 @@
+"""An operation in flight, and who is told of it: part of `mpi_backend`."""
+
+# ruff: noqa: D102 - the operations are torch's, and so are their descriptions
+# mypy: disable-error-code="override, assignment, call-arg"
+# torch's stubs know one of several accepted signatures, and not the same one in every version.
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import Tensor
+
+from .mpi_lanes import Ticket
+from .mpi_patience import Patience
+
+# A request in flight, what is left to do once it is complete, and its buffers: mpi4py does not keep a tensor's memory
+# alive until then (seen on Open MPI: a copy freed too early is sent as whatever was allocated in its place).
+Step = tuple[MPI.Request | Ticket, Callable[[], object] | None, object]
+
+
+class Observer(Protocol):
+    """Is told of every operation: a flight recorder, a counter of bytes."""
+
+    def group(self, name: str, ranks: Sequence[int]) -> int:
+        """Return the number by which `begin` is told of a group of global ranks."""
+
+    def begin(self, group: int, operation: str, num_bytes: int, peer: int = -1) -> int:
+        """Note that an operation was started; return its number. `peer`: the other global rank of a message."""
+
+    def wait(self, number: int) -> None:
+        """Note that the rank now waits for an operation."""
+
+    def end(self, number: int) -> None:
+        """Note that an operation is complete."""
+
+
+class Nobody:
+    """An observer that looks away."""
+
+    def group(self, name: str, ranks: Sequence[int]) -> int:
+        return 0
+
+    def begin(self, group: int, operation: str, num_bytes: int, peer: int = -1) -> int:
+        return 0
+
+    def wait(self, number: int) -> None: ...
+
+    def end(self, number: int) -> None: ...
+
+
+class MPIWork(dist.Work):
+    """One or more MPI requests, the buffers they use, and what is to be done when they are complete.
+
+    get_future() completes it at once: MPI calls nobody back, so that nothing could fulfil a future later.
+    """
+
+    def __init__(self, steps: list[Step], outputs: list[Tensor], patience: Patience, timeout: timedelta,
+                 in_flight: set[MPIWork], message: bool, observer: Observer, number: int,
+                 progress: Callable[[], None]):
+        super().__init__()
+        self._message, self._observer, self._number, self._progress = message, observer, number, progress
+        self._requests = [step[0] for step in steps]
+        self._finish = [step[1] for step in steps if step[1]]
+        self._buffers: list[object] = [step[2] for step in steps]
+        self._outputs, self._patience, self._timeout, self._in_flight = outputs, patience, timeout, in_flight
+        self._status = MPI.Status()
+        in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request
+
+    def is_completed(self) -> bool:
+        """Return whether the operation is complete, finishing it if it just became so."""
+        if not self._requests:
+            return True
+        self._requests = [request for request in self._requests if not request.Test(self._status)]
+        complete = not self._requests
+        if complete:
+            for finish in self._finish:
+                finish()
+            self._finish, self._buffers = [], []
+            self._in_flight.discard(self)
+            self._observer.end(self._number)
+        return complete
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Complete the operation; raise TimeoutError after `timeout` (0: the group's)."""
+        if self._requests:
+            self._observer.wait(self._number)
+        self._patience.wait(self._poll, (timeout or self._timeout).total_seconds(), self._message)
+        return True
+
+    def _poll(self) -> bool:
+        """Look whether the operation is complete; go on with the others, as MPI does in its own waits."""
+        if self.is_completed():
+            return True
+        self._progress()
+        return False
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def result(self) -> list[Tensor]:
+        self.wait()
+        return self._outputs
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        future.set_result(self.result())
+        return future
+
+    def source_rank(self) -> int:
+        return self._status.Get_source()
+
+    _source_rank = source_rank

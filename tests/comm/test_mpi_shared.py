@@ -1,0 +1,140 @@
+"""Collectives in shared memory: long messages, memory that the group shares, several in flight, and no room for any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpcpar.comm import mpi_lanes
+from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat, zeros_of
+
+pytestmark = pytest.mark.mpi
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def group(world: SimpleNamespace) -> Iterator[dist.ProcessGroup]:
+    """All ranks, with memory of its own."""
+    made = dist.new_group(use_local_synchronization=True)
+    yield made
+    dist.destroy_process_group(made)
+
+
+@pytest.fixture(params=["room", "no room"])
+def any_group(world: SimpleNamespace, request: pytest.FixtureRequest,
+              monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
+    """All ranks, once in a host's memory and once where that is full, so that MPI carries everything."""
+    if request.param == "no room":
+        monkeypatch.setattr(mpi_lanes, "_FOLDER", Path("/nowhere"))
+    made = dist.new_group(use_local_synchronization=True)
+    yield made
+    dist.destroy_process_group(made)
+
+
+def of_rank(rank: int, numel: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Whole numbers, so that no order of summation matters."""
+    return torch.randint(0, 9, (numel,), generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 7, 2048, 1 << 19, (1 << 19) + 3, 3 << 19])  # up to three slots of a rank
+def test_any_length(world: SimpleNamespace, any_group: dist.ProcessGroup, numel: int) -> None:
+    everyones = torch.stack([of_rank(rank, numel) for rank in range(world.size)])
+    mine = of_rank(world.rank, numel)
+    summed = mine.clone()
+    dist.all_reduce(summed, group=any_group)
+    assert summed.equal(everyones.sum(0))
+    gathered = torch.empty(world.size * numel, dtype=mine.dtype)
+    gather_flat(gathered, mine, any_group)
+    assert gathered.equal(everyones.flatten())
+    told = mine.clone()
+    dist.broadcast(told, group_src=3, group=any_group)
+    assert told.equal(everyones[3])
+    part = torch.empty(numel, dtype=mine.dtype)
+    reduce_scatter_flat(part, gathered * (world.rank + 1), any_group)
+    assert part.equal(everyones[world.rank] * sum(range(1, world.size + 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_memory_that_the_group_shares(world: SimpleNamespace, any_group: dist.ProcessGroup,
+                                      dtype: torch.dtype) -> None:
+    numel, rank = 8 * 70000, world.rank
+    grads = zeros_of(any_group, numel, dtype, CPU)
+    weights = zeros_of(any_group, numel, dtype, CPU, common=True)
+    assert not grads.any() and not weights.any()
+    own = slice(rank * numel // 8, (rank + 1) * numel // 8)
+    for step in range(3):
+        grads.copy_(of_rank(10 * step + rank, numel, dtype))
+        reduce_scatter_flat(grads[own], grads, any_group)
+        want = torch.stack([of_rank(10 * step + other, numel, torch.float32) for other in range(world.size)]).sum(0)
+        assert grads[own].float().equal(want[own])
+        dist.barrier(any_group)  # nobody writes the weights that another still compares
+        weights[own] = grads[own]
+        gather_flat(weights, weights[own], any_group)
+        assert weights.float().equal(want)
+
+
+def test_shared_memory_is_shared(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
+    common = zeros_of(group, world.size, torch.int64, CPU, common=True)
+    common[world.rank] = world.rank + 1
+    dist.barrier(group)
+    assert common.tolist() == list(range(1, world.size + 1))
+    own = zeros_of(group, world.size, torch.int64, CPU)
+    own[world.rank] = 1
+    dist.barrier(group)
+    assert own.sum() == 1
+
+
+def test_many_in_flight_are_waited_for_in_any_order(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
+    numel = 8 * 5000
+    buckets = [zeros_of(group, numel, torch.float64, CPU) for _ in range(4)]
+    for number, bucket in enumerate(buckets):
+        bucket.fill_(world.rank + number)
+    own = slice(world.rank * numel // 8, (world.rank + 1) * numel // 8)
+    works = [reduce_scatter_flat(bucket[own], bucket, group, async_op=True) for bucket in buckets]
+    plain = torch.full((100000,), float(world.rank))
+    works.append(dist.all_reduce(plain, group=group, async_op=True))
+    for work in reversed(works):
+        assert work is not None
+        work.wait()
+    total = sum(range(world.size))
+    assert [bucket[own].unique().item() for bucket in buckets] == [total + number * world.size for number in range(4)]
+    assert plain.unique().item() == total
+
+
+def test_a_wait_elsewhere_carries_on_what_others_wait_for(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
+    """Rank 0 waits for a sum first, the others for its message first, which it sends after the sum."""
+    shared = zeros_of(group, 8, torch.float64, CPU)
+    shared.fill_(1.0)
+    own = shared[world.rank:world.rank + 1]
+    work = reduce_scatter_flat(own, shared, group, async_op=True)
+    assert work is not None
+    message = torch.zeros(1)
+    if world.rank == 0:
+        work.wait()  # over when all have read rank 0's part: the others do that while they wait for the message
+        for peer in range(1, world.size):
+            dist.send(torch.ones(1), peer)
+    else:
+        dist.recv(message, 0)
+        work.wait()
+        assert message.item() == 1
+    assert own.item() == world.size
+
+
+def test_nothing_is_left_in_the_folder(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
+    zeros_of(group, 1000, torch.float32, CPU)
+    dist.all_reduce(torch.ones(100000), group=group)
+    dist.barrier(group)
+    mine = {f.rsplit("/", 1)[-1] for f in map(os.readlink, _links()) if "mpi4py-backend" in f and "deleted" not in f}
+    assert not mine
+
+
+def _links() -> list[Path]:
+    return list(Path("/proc/self/map_files").iterdir())
