@@ -86,7 +86,8 @@ def layer_activation_bytes(model: Model, tp: int, sequence_parallel: bool, micro
     return tokens * hidden * (kept + statistics)
 
 
-def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TRAINER, precision: str = "bf16") -> float:
+def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TRAINER,
+                 precision: str = "bf16") -> float:
     """Return what the loss holds at its peak: the logits, wide ones, and their gradients.
 
     A chunked loss computes in place; 16-bit logits are widened, and narrowed again for the products.

@@ -43,7 +43,8 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor, factor: float, z_loss: flo
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((2, 5, HIDDEN), (PADDED, HIDDEN)))
+    x, weight = (torch.randn(shape, generator=draw, dtype=torch.float64)
+                 for shape in ((2, 5, HIDDEN), (PADDED, HIDDEN)))
     return x.to(dtype), weight.to(dtype), torch.randint(VOCAB, (2, 5), generator=draw)
 
 
@@ -103,7 +104,8 @@ def test_the_bytes_held_are_the_planners(precision: str, dtype: torch.dtype) -> 
     assert foretold <= ledger.peak <= foretold + small < 1024 * 16384 * 4
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 8), (256, 8192), (2048, 8192), (2049, 53248), (4096, 1024), (7, 10**7)])
+@pytest.mark.parametrize(("tokens", "rows"), [
+    (1, 8), (256, 8192), (2048, 8192), (2049, 53248), (4096, 1024), (7, 10**7)])
 def test_chunks_cover_the_tokens_and_are_as_large_as_allowed(tokens: int, rows: int) -> None:
     sizes = loss_chunks(tokens, rows)
     most = max(LEAST_TOKENS, CHUNK_BYTES // (4 * rows))
