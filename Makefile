@@ -57,6 +57,11 @@ plan-random: $(TEST_READY)  ## 10,000 random jobs: refused by rule, or they buil
 plan-accuracy: $(TEST_READY)  ## the planner beside published measurements, and each source left out of the calibration
 	$(BIN)python benchmarks/planner_accuracy.py --leave-one-out
 
+plan-foretold: $(TEST_READY)  ## calibrates on 8 ranks, then the demo's step foretold and measured at eight layouts (6 minutes, after make demo)
+	mkdir -p runs
+	$(RANKS) $(BIN)hpcpar calibrate runs/machine.toml
+	$(BIN)python benchmarks/foretold.py runs/machine.toml
+
 bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
 	$(BIN)python benchmarks/layouts.py
 

@@ -1,5 +1,7 @@
 """Time the MPI backend beside gloo, MPI's own blocking calls and waiting without sleep, and what waiting costs others.
 
+"in shared": the same backend on tensors that lie in memory of the whole group.
+
     mpirun -n 8 python benchmarks/mpi_backend.py [--json FILE]
 
 The candidates take turns within every repetition, so that a disturbance of the machine hits them alike; the table
@@ -21,6 +23,7 @@ from mpi4py import MPI
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from hpcpar.comm import mpi_backend
+from hpcpar.comm.collectives import zeros_of
 
 COMM = MPI.COMM_WORLD
 SIZES = {"1 KiB": (1 << 10, 20), "512 KiB": (512 << 10, 6), "4 MiB": (4 << 20, 3), "32 MiB": (32 << 20, 1)}
@@ -116,6 +119,8 @@ def main() -> None:
         whole = torch.ones(num_bytes // 4)
         part = torch.ones(num_bytes // 4 // COMM.size)
         tables = {name: torch_calls(group, whole, part) for name, group in groups.items()}
+        own = zeros_of(groups["mpi4py"], whole.numel(), whole.dtype, whole.device)
+        tables["in shared"] = torch_calls(groups["mpi4py"], own, own[COMM.rank * part.numel():][:part.numel()])
         tables["MPI blocking"] = blocking_calls(whole, part)
         waits = waits or {name: table["all-reduce"] for name, table in tables.items()}
         for operation in ("all-reduce", "all-gather", "reduce-scatter", "send-recv"):

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from hpcpar.config.job import Job, LayoutWish, Model, Train
 from hpcpar.planner.compute import Cut
@@ -29,13 +30,19 @@ JEAN_ZAY = str(HERE / "machines/jean-zay.toml")
 # Megatron-LM of 2021: fused elementwise kernels, attention through memory, nothing overlapped, gradients in fp16
 MEGATRON_2021 = Practice(
     flash=0, fused=True, packed_projections=True, dropout=True, keeps_gathered=False, stops_early=False,
-    recomputes_projections=False, grad_bytes=2, accumulate_bytes=6, overlaps_reduction=False, scatters_messages=True,
-    blocking_messages=2, adam_traffic=40)
+    recomputes_projections=False, grad_bytes=2, accumulate_bytes=6, overlaps_reduction=False, scatters_activations=True,
+    scatters_gradients=True, blocking_messages=2, adam_traffic=40)
 # Megatron-LM of 2022: gradients in fp32, accumulated by the product itself
 MEGATRON_2022 = dataclasses.replace(MEGATRON_2021, grad_bytes=4, accumulate_bytes=0)
-# Megatron-DeepSpeed: the same layers; messages one after the other, ZeRO-1 with whole all-reduces and its buckets
+# Megatron-DeepSpeed: the same layers; messages one after the other, those of gradients whole (its pipeline engine of
+# 2021: is_grad_partitioned = False), ZeRO-1 with whole all-reduces and its buckets
 DEEPSPEED = dataclasses.replace(
-    MEGATRON_2021, blocking_messages=4, reduces_whole=True, copies_owned_grads=True, bucket_bytes=2e9)
+    MEGATRON_2021, blocking_messages=4, scatters_gradients=False, reduces_whole=True, copies_owned_grads=True,
+    bucket_bytes=2e9)
+# its optimizer for bf16 (bf16_optimizer.py of 2022, update_hp_grads): a gradient is copied into fp32 (2 + 4 bytes),
+# then added to the accumulated one (4 + 4 + 4)
+DEEPSPEED_BF16 = MappingProxyType({
+    "grad_bytes": 4, "accumulate_bytes": 18, "keeps_both_grads": True, "copies_owned_grads": False})
 BLOOM = dataclasses.replace(DEEPSPEED, ceil_split=True, blocking_launches=True)
 # llm-foundry: PyTorch FSDP, the first flash attention (Triton), packed q k v, a fused cross-entropy, non-reentrant
 # checkpointing
@@ -49,7 +56,7 @@ NEMO = Practice(fused=True, packed_projections=True, keeps_gathered=False, accum
 
 PRACTICES = {
     "megatron21": MEGATRON_2021, "megatron21-fig": MEGATRON_2021, "korthikanti22": MEGATRON_2022,
-    "mtnlg22": dataclasses.replace(DEEPSPEED, grad_bytes=4, accumulate_bytes=10), "bigscience-tr11": BLOOM,
+    "mtnlg22": DEEPSPEED, "bigscience-tr11": BLOOM,
     "llm-foundry": FOUNDRY, "torchtitan": TITAN,
 }
 
@@ -99,6 +106,8 @@ def _row(line: dict[str, str]) -> Row:
         train=Train(global_batch=int(line["global_batch"]), microbatch=int(line["microbatch"]),
                     precision="fp16" if line["precision"] == "fp16" else "bf16"))
     practice = PRACTICES.get(line["source_id"], NEMO)
+    if line["source_id"] in ("mtnlg22", "bigscience-tr11") and line["precision"] == "bf16":
+        practice = dataclasses.replace(practice, **DEEPSPEED_BF16)
     if "compile" in line["config_id"]:
         practice = dataclasses.replace(practice, fused=True, plain_norms=False)
     if line["config_id"].endswith("async"):

@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from hpcpar.commands import ckpt, data, exchange, health, plan, rehearse, run, submit
+from hpcpar.commands import calibrate, ckpt, data, exchange, health, plan, rehearse, run, submit
 from hpcpar.commands.command import Command, Words
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import HpcparError, UserError
 
-ROOMS = (plan, rehearse, run, ckpt, exchange, submit, health, data)  # the order of the commands in --help
+ROOMS = (plan, calibrate, rehearse, run, ckpt, exchange, submit, health, data)  # the order of the commands in --help
 GROUPS = MappingProxyType({"data": "build a token store, or show one",
                            "ckpt": "look at checkpoint sets, verify, compare, prune, exchange them"})
 

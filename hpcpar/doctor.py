@@ -9,18 +9,20 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hpcpar import __version__
+from hpcpar import __version__, probe
 from hpcpar.config.surroundings import Surroundings
+from hpcpar.submit.health import Wanted, judge
 from hpcpar.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from hpcpar.comm.control import Control
 
 ALL_REDUCE_LIMIT_S = 10.0
 _SIZES = (8, 1 << 20, 16 << 20)  # bytes
@@ -195,68 +197,27 @@ def _ranks(surroundings: Surroundings) -> Iterator[Finding]:
     watchdog.start()
     open_process_group(world)
     yield _sum_up(world.device.type, world.size)
+    yield _slowest_link(world.control, probe.measure_links(world.communicator, list(map(str, range(world.size)))))
     watchdog.cancel()
     world.control.barrier()
 
 
 def _nodes(surroundings: Surroundings) -> Iterator[Finding]:
-    """Measure every rank, and name the hosts that fall behind the median of all. Every rank must iterate to the end."""
+    """Look at every host as the prologue of a job does, and name the bad ones. Every rank must iterate to the end."""
     from hpcpar.comm.bootstrap import connect
 
     world = connect(surroundings)
-    yield from fallen_behind(world.control.all_gather((world.host, _measure(world.device.type))))
+    report: dict[str, Any] = {**probe.measure(surroundings.gpus)}
     world.control.barrier()
-
-
-def fallen_behind(told: Sequence[tuple[str, dict[str, float]]]) -> Iterator[Finding]:
-    """Hold every rank's host and figures against the median of all ranks."""
-    for what, (unit, least) in _MEASURES.items():
-        by_host: dict[str, list[float]] = {}
-        for host, figures in told:
-            by_host.setdefault(host, []).append(figures[what])
-        slowest = {host: min(values) for host, values in by_host.items()}
-        usual = median(value for values in by_host.values() for value in values)
-        bad = [f"{host} ({value:.3g})" for host, value in slowest.items() if value < least * usual]
-        fix = f"leave out {', '.join(bad)}: --exclude={','.join(text.split()[0] for text in bad)}" if bad else ""
-        yield Finding(what, f"median {usual:.3g} {unit}, least {min(slowest.values()):.3g} on "
-                      f"{min(slowest, key=lambda host: slowest[host])}", fix)
-
-
-# what is measured on every rank, its unit, and the share of the median below which a host is bad
-_MEASURES = MappingProxyType({"matmul": ("TFLOP/s", 0.8), "memory": ("GB/s copied", 0.7), "disk": ("MB/s written", 0.2),
-                              "room": ("GiB of memory free", 0.5)})
-
-
-def _measure(device: str) -> dict[str, float]:
-    """Return this rank's figures; about 5 s."""
-    import torch
-
-    size = 8192 if device == "cuda" else 1024
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    a, big = torch.randn(size, size, device=device).to(dtype), torch.empty(1 << 26, dtype=torch.uint8, device=device)
-
-    def rate(work: Callable[[], object], amount: float, seconds: float = 1.5) -> float:
-        rates, end = [], time.monotonic() + seconds
-        while time.monotonic() < end:
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            rates.append(amount / (time.perf_counter() - start))
-        return median(rates[len(rates) // 4:])  # the first ones warm up
-
-    free = (torch.cuda.mem_get_info()[0] if device == "cuda" else
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    return {"matmul": rate(lambda: a @ a, 2 * size**3 / 1e12), "memory": rate(big.clone, len(big) / 1e9),
-            "disk": rate(_write, 16.0, 1.0), "room": free / 2**30}
-
-
-def _write() -> None:
-    """Write 16 MB where the run would, and wait for the disk."""
-    with tempfile.TemporaryFile(dir=Path.cwd()) as file:
-        file.write(bytes(16_000_000))
-        file.flush()
-        os.fsync(file.fileno())
+    report["clock"] = time.time()
+    report["links"] = probe.measure_links(world.communicator, world.control.all_gather(world.host))
+    # of several ranks on a host the first one speaks for it
+    found = judge(dict(reversed(world.control.all_gather((world.host, report)))), Wanted())
+    for line in found.lines:
+        yield Finding(*line.split(": ", 1))
+    for host, reason in found.bad.items():
+        yield Finding("host", f"{host}: {reason}", f"leave it out: --exclude={host}")
+    world.control.barrier()
 
 
 def _sum_up(device: str, size: int) -> Finding:
@@ -281,6 +242,17 @@ def _sum_up(device: str, size: int) -> Finding:
                            "MPI or NCCL is broken here: try the other MPI, NCCL_P2P_DISABLE=1, or another node")
     rate = 2 * (size - 1) / size * _SIZES[-1] / seconds
     return Finding("all-reduce", f"{', '.join(told)} ({format_bytes(rate)}/s a rank)")
+
+
+def _slowest_link(control: Control, mine: Mapping[str, float]) -> Finding:
+    """Find the slowest of the links between ranks that are neighbours in a ring. Every rank must call."""
+    links = [(rate, rank, int(other)) for rank, found in enumerate(control.all_gather(mine))
+             for other, rate in found.items()]
+    if not links:
+        return Finding("links", "one rank: no link")
+    rate, *pair = min(links)
+    return Finding("links", f"median {median(link[0] for link in links):.3g} GB/s between neighbours over MPI, least "
+                   f"{rate:.3g} between ranks {min(pair)} and {max(pair)}")
 
 
 def _runs(ranks: list[int]) -> str:

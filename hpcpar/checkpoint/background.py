@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import mmap
 import os
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpcpar.checkpoint.memory import Memory, remember
 from hpcpar.checkpoint.save import Array, Published, Saving, save_phases
 from hpcpar.checkpoint.writer import charge, staged
 from hpcpar.comm.control import Control
 from hpcpar.errors import CheckpointError
 
+_logger = logging.getLogger(__name__)
 # what stops a job: the rank decides what that means for its writer
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -34,10 +37,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal
 class BackgroundSaver:
     """Saves sets beside the caller's work, one at a time; all but `busy` must be called by every rank."""
 
-    def __init__(self, saving: Saving, control: Control, kinds: Mapping[str, str]):
-        """Spawn the writer. `kinds` gives each kind's dtype. Memory: the rank's shards once more, on the host."""
+    def __init__(self, saving: Saving, control: Control, kinds: Mapping[str, str], memory: Memory | None = None,
+                 note: Callable[[str], None] = _logger.warning):
+        """Spawn the writer. `kinds` gives each kind's dtype. Memory: the rank's shards once more, on the host.
+
+        With `memory`, each set is kept there before it is written to disk; `note` is told where that fails.
+        """
         self._saving = saving._replace(checkpoints=saving.checkpoints.absolute())
-        self._control = control
+        self._control, self._memory, self._note = control, memory, note
         self._writer = ChildWriter(self._saving, control.rank, kinds)
         self._phases: Iterator[Published | None] | None = None
         self.shards = self._writer.shards
@@ -59,7 +66,7 @@ class BackgroundSaver:
         """
         assert self._phases is None, "one save at a time"
         self._writer.rest()
-        phases = save_phases(self._saving, step, state, self._control, self._writer)
+        phases = self._play(step, state)
         next(phases)
         self._phases = phases
 
@@ -88,6 +95,14 @@ class BackgroundSaver:
         finally:
             self._writer.rest()  # it may be clearing away what has failed
         return found
+
+    def _play(self, step: int, state: Mapping[str, Any]) -> Iterator[Published | None]:
+        if self._memory is not None:
+            try:
+                yield from remember(self._memory, step, state, self._control, self._writer)
+            except CheckpointError as error:
+                self._note(f"{error}; the disk has to do")
+        yield from save_phases(self._saving, step, state, self._control, self._writer)
 
     def close(self) -> None:
         """End the writer; a save in hand is given up."""

@@ -26,6 +26,8 @@ from hpcpar.layout.boxes import Box
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.h5"
+# beside the sets: the id of the run, by which copies in memory are found; without it they are those of another run
+RUN_ID = ".memory"
 WEIGHT = "weight"
 # model.h5 keeps the weights at its root; nothing else there may begin with this name
 OPTIMIZER = "optimizer"

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from hpcpar.checkpoint.format import BFLOAT16, INDEX, FileEntry, Manifest, StoredBox, dataset_path, index_path
-from hpcpar.checkpoint.store import hdf5_type, write_header
+from hpcpar.checkpoint.store import hdf5_type, write_small
 
 
 def write_index(folder: Path, manifest: Manifest) -> FileEntry:
@@ -27,7 +27,7 @@ def write_index(folder: Path, manifest: Manifest) -> FileEntry:
             for tensor, sources in boxes.items():
                 _virtual(hdf5, kind, manifest.dtype(kind, tensor), manifest.tensors[tensor], tensor, sources)
 
-    return write_header(folder / INDEX, build)
+    return write_small(folder / INDEX, build)
 
 
 def _virtual(hdf5: h5py.File, kind: str, dtype: str, shape: tuple[int, ...], tensor: str,

@@ -65,6 +65,12 @@ def share_of(manifest: Manifest, rank: int, num_ranks: int) -> set[str]:
     return mine | ({file.name for file in manifest.files if not file.boxes} if rank == 0 else set())
 
 
+def names_needed(manifest: Manifest, layout: Layout, rank: int, num_ranks: int) -> set[str]:
+    """Name the files that `load_together` opens on a rank. Raises: CheckpointError if the boxes are not all there."""
+    wanted = [Wanted(p.parameter.name, p.box, {}) for p in layout.held_pieces(rank)]
+    return set(plan_reads(manifest, wanted)) | share_of(manifest, rank, num_ranks)
+
+
 def _empty_shards(path: Path, manifest: Manifest, layout: Layout, global_rank: int,
                   dtype: np.dtype[Any] | type | str) -> tuple[dict[str, list[Array]], list[Wanted]]:
     """Make a rank's shards, and list what goes where in them."""
@@ -150,7 +156,8 @@ def _fill(path: Path, manifest: Manifest, wanted: Sequence[Wanted], verify: bool
     plan = plan_reads(manifest, wanted)
     checked = set(plan) if verify is True else verify or set()
     num_bytes, bad = 0, []
-    for entry in manifest.files:
+    # first what no other rank verifies: each file is fetched by one rank, and lies in the page cache for the others
+    for entry in sorted(manifest.files, key=lambda entry: entry.name not in checked):
         if entry.name in checked or entry.name in plan:
             read = read_verified if entry.name in checked else read_wanted
             try:

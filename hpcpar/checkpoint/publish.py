@@ -44,7 +44,12 @@ def begin(final: Path) -> Path:
 def complete(folder: Path, manifest: Manifest) -> None:
     """Add the index and the manifest to a folder of shard files. Raises: OSError."""
     index = write_index(folder, manifest)
-    write_bytes(folder / MANIFEST, replace(manifest, files=(*manifest.files, index)).to_bytes())
+    seal(folder, replace(manifest, files=(*manifest.files, index)))
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Add the manifest of all that is in a folder. Raises: OSError."""
+    write_bytes(folder / MANIFEST, manifest.to_bytes())
     sync_folder(folder)
 
 

@@ -1,7 +1,7 @@
 """Save a set: every rank writes its own boxes, rank 0 publishes all of them at once or nothing.
 
-    all ranks   prepare        | write, sync | agree |                       | agree: published |
-    rank 0      leftovers, tmp |             |       | model.h5, manifest    | rename           | retention
+    all ranks   prepare        | write, sync     | agree |          | agree: published |
+    rank 0      leftovers, tmp | model.h5 before |       | manifest | rename           | retention
 
 `save_phases` is that sequence. It pauses (yields) wherever a rank's work goes on; who does the work is up to the
 caller: the process itself (`save_set`), or a child beside it (`background`). A rank that fails says so in the next
@@ -14,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -32,7 +33,8 @@ from hpcpar.checkpoint.format import (
     side_name,
     step_of,
 )
-from hpcpar.checkpoint.publish import complete, take_name
+from hpcpar.checkpoint.index import write_index
+from hpcpar.checkpoint.publish import seal, take_name
 from hpcpar.checkpoint.retention import retire
 from hpcpar.checkpoint.store import Dataset, checksum_file, fill_file, sync_folder, write_file
 from hpcpar.comm.control import Control
@@ -95,7 +97,7 @@ def save_set(checkpoints: Path, step: int, layout: Layout, global_rank: int, con
 def save_now(saving: Saving, step: int, global_rank: int, control: Control, shards: Shards,
              state: Mapping[str, Any]) -> Published:
     """Save a set from the first phase to the last, this process doing the work: what `save_set` does."""
-    worker = _Itself(Tasks(saving, global_rank, shards))
+    worker = InProcess(Tasks(saving, global_rank, shards))
     found = [published for published in save_phases(saving, step, state, control, worker) if published is not None]
     assert len(found) == 1  # gone through to the end: what follows the publication counts
     return found[0]
@@ -111,21 +113,21 @@ def save_phases(saving: Saving, step: int, state: Mapping[str, Any], control: Co
     final, folder = saving.checkpoints / set_name(step), saving.checkpoints / side_name(step, "tmp")
     alone = control.rank == 0
 
-    def together(work: Callable[[], T]) -> list[T]:
+    def all_do(work: Callable[[], T]) -> list[T]:
         try:
-            return _together(control, set_name(step), work)
+            return together(control, set_name(step), work)
         except CheckpointError:
             if alone:  # all have answered: nobody writes there any more
                 worker.ask("clear", folder=str(folder))
             raise
 
-    together(lambda: _prepare(saving.checkpoints, folder) if alone else None)
+    all_do(lambda: _prepare(saving.checkpoints, folder) if alone else None)
     entries: list[FileEntry] = []
     for turn in range(saving.ranks_per_file):
-        worker.ask("write", folder=str(folder), turn=turn)
+        worker.ask("write", folder=str(folder), turn=turn, step=step)
         yield None
-        answers = together(worker.answer)
-        entries += [FileEntry(**answer["entry"]) for answer in answers if answer["entry"]]
+        answers = all_do(worker.answer)
+        entries += [FileEntry(**entry) for answer in answers for entry in answer["entries"]]
     kinds = [answer["kinds"] for answer in answers]
     if alone:
         worker.ask("complete", folder=str(folder), step=step, kinds=kinds, state=dict(state),
@@ -136,7 +138,7 @@ def save_phases(saving: Saving, step: int, state: Mapping[str, Any], control: Co
         worker.answer()
         take_name(folder, final)
 
-    together(lambda: publish() if alone else None)
+    all_do(lambda: publish() if alone else None)
     if alone:
         worker.ask("settle", step=step)
     yield Published(final, sum(entry.size for entry in entries))
@@ -153,22 +155,47 @@ class Tasks:
     def __init__(self, saving: Saving, global_rank: int, shards: Shards):
         self._saving, self._rank, self._shards = saving, global_rank, shards
 
-    def write(self, folder: str, turn: int) -> dict[str, Any]:
-        """Write this rank's boxes if it is its turn; answer with the file's entry if it was the last to write it."""
-        entry, kinds = _write_own(Path(folder), self._saving, self._rank, self._shards, turn)
-        return {"entry": _told(entry) if entry else None, "kinds": kinds}
+    def write(self, folder: str, turn: int, step: int, index: bool = True) -> dict[str, Any]:
+        """Write this rank's boxes if it is its turn; answer with the entries of files that it was the last to write.
+
+        Rank 0 writes the `index` first: it needs no checksums, and is arithmetic while the disk is busy with others.
+        """
+        kinds = _kinds(self._shards)
+        entries = []
+        if index and self._rank == 0 and turn == 0:
+            (Path(folder) / INDEX).unlink(missing_ok=True)  # of a worker that died here and was replaced
+            entries.append(write_index(Path(folder), Manifest(step, kinds, self._tensors, self._files, {})))
+        own = _write_own(Path(folder), self._saving, self._rank, self._shards, turn)
+        return {"entries": [_told(entry) for entry in (*entries, own) if entry], "kinds": kinds}
 
     def complete(self, folder: str, step: int, kinds: list[dict[str, str]], state: dict[str, Any],
                  entries: list[dict[str, Any]]) -> None:
-        """Add the index and the manifest, and sync the folder: only its name is missing then."""
+        """Add the manifest, and sync the folder: only its name is missing then."""
         unlike = [rank for rank, found in enumerate(kinds) if found != kinds[0]]
         if unlike:
             raise ValueError(f"rank {unlike[0]} has kinds {kinds[unlike[0]]}, rank 0 has {kinds[0]}")
-        files = [FileEntry(**entry) for entry in entries]
-        manifest = _manifest(step, self._saving, kinds[0], files, state)
-        for name in (INDEX, MANIFEST):
-            (Path(folder) / name).unlink(missing_ok=True)  # of a worker that died here and was replaced
-        complete(Path(folder), manifest)
+        told = {entry["name"]: entry for entry in entries}
+        files = [replace(file, **told[file.name]) for file in self._files]
+        files += [FileEntry(**told[INDEX])] if INDEX in told else []
+        (Path(folder) / MANIFEST).unlink(missing_ok=True)
+        seal(Path(folder), Manifest(step, kinds[0], self._tensors, tuple(files), state,
+                                    compression=self._saving.compression))
+
+    @cached_property
+    def _files(self) -> tuple[FileEntry, ...]:
+        """The whole set's shard files without sizes and checksums; who writes what follows from the layout."""
+        layout, ranks_per_file, found = self._saving.layout, self._saving.ranks_per_file, []
+        for number, first in enumerate(range(0, layout.mesh.size, ranks_per_file)):
+            members = range(first, min(first + ranks_per_file, layout.mesh.size))
+            boxes = {rank: stored_boxes(layout, rank) for rank in members}
+            if any(boxes.values()):
+                found.append(FileEntry(shard_name(number), 0, "", tuple(rank for rank, own in boxes.items() if own),
+                                       tuple(box for own in boxes.values() for box in own)))
+        return tuple(found)
+
+    @property
+    def _tensors(self) -> dict[str, tuple[int, ...]]:
+        return {p.name: p.shape for p in self._saving.layout.table}
 
     def settle(self, step: int) -> None:
         """Make the new name survive a power cut; only then delete what it replaces."""
@@ -185,7 +212,7 @@ class Tasks:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Itself:
+class InProcess:
     """The process itself as its worker: a task is done when it is asked for."""
 
     def __init__(self, tasks: Tasks):
@@ -194,6 +221,7 @@ class _Itself:
         self._error: Exception | None = None
 
     def ask(self, task: str, **values: Any) -> None:
+        """Do a task."""
         self._answer, self._error = None, None
         try:
             self._answer = getattr(self._tasks, task)(**values)
@@ -201,6 +229,7 @@ class _Itself:
             self._error = error
 
     def answer(self) -> Any:
+        """Return its answer, or raise what it raised."""
         if self._error is not None:
             raise self._error
         return self._answer
@@ -211,7 +240,7 @@ def stored_boxes(layout: Layout, global_rank: int) -> tuple[StoredBox, ...]:
     return tuple(StoredBox(p.parameter.name, p.box) for p in layout.stored_pieces(global_rank))
 
 
-def _together(control: Control, name: str, work: Callable[[], T]) -> list[T]:
+def together(control: Control, name: str, work: Callable[[], T], verb: str = "save") -> list[T]:
     """Return every rank's result, or raise one CheckpointError on all if any rank's work raised."""
     result: T | None = None
     failed, cause = "", None
@@ -225,7 +254,7 @@ def _together(control: Control, name: str, work: Callable[[], T]) -> list[T]:
     if failures:
         rank, why = failures[0]
         more = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-        raise CheckpointError(f"cannot save {name}: rank {rank}{more}: {why}; older sets are untouched") from cause
+        raise CheckpointError(f"cannot {verb} {name}: rank {rank}{more}: {why}; older sets are untouched") from cause
     results: list[T] = [result for result, _ in answers]
     return results
 
@@ -250,25 +279,27 @@ def _told(entry: FileEntry) -> dict[str, Any]:
     return {"name": entry.name, "size": entry.size, "checksum": entry.checksum, "start": entry.start}
 
 
-def _write_own(folder: Path, saving: Saving, global_rank: int, shards: Shards,
-               turn: int) -> tuple[FileEntry | None, dict[str, str]]:
+def _kinds(shards: Shards) -> dict[str, str]:
+    """Return each kind's dtype, in the order that places values in a file: the same on all ranks."""
+    return {kind: str(shards[kind][0].dtype) for kind in sorted(shards, key=lambda kind: (kind != WEIGHT, kind))}
+
+
+def _write_own(folder: Path, saving: Saving, global_rank: int, shards: Shards, turn: int) -> FileEntry | None:
     """Write this rank's boxes if it is its turn; return the file's entry if this rank was the last to write it."""
     layout, ranks_per_file = saving.layout, saving.ranks_per_file
-    order = sorted(shards, key=lambda kind: (kind != WEIGHT, kind))  # the same on all ranks: it places values in a file
-    kinds = {kind: str(shards[kind][0].dtype) for kind in order}
     number, place = divmod(global_rank, ranks_per_file)
     if place != turn:
-        return None, kinds
+        return None
     pieces = layout.stored_pieces(global_rank)
     members = range(number * ranks_per_file, min((number + 1) * ranks_per_file, layout.mesh.size))
     plan = {rank: stored_boxes(layout, rank) if rank != global_rank else _boxes(pieces) for rank in members}
     writers = [rank for rank, boxes in plan.items() if boxes]
     if global_rank not in writers:
-        return None, kinds
+        return None
     arrays = _cut(layout, global_rank, pieces, shards)
     path = folder / shard_name(number)
     datasets = [Dataset(dataset_path(kind, name, box), box.size, dtype, box.offset)
-                for kind, dtype in kinds.items() for boxes in plan.values() for name, box in boxes]
+                for kind, dtype in _kinds(shards).items() for boxes in plan.values() for name, box in boxes]
     if global_rank == writers[0]:
         path.unlink(missing_ok=True)  # of a worker that died here and was replaced
         entry = write_file(path, datasets, arrays, saving.compression)
@@ -276,9 +307,9 @@ def _write_own(folder: Path, saving: Saving, global_rank: int, shards: Shards,
     else:
         start = fill_file(path, datasets, arrays)
     if global_rank != writers[-1]:
-        return None, kinds
+        return None
     # the others' bytes are only on disk: the last writer reads them back
-    return entry if len(writers) == 1 else replace(checksum_file(path), start=start), kinds
+    return entry if len(writers) == 1 else replace(checksum_file(path), start=start)
 
 
 def _boxes(pieces: list[Piece]) -> tuple[StoredBox, ...]:
@@ -295,19 +326,3 @@ def _cut(layout: Layout, global_rank: int, pieces: list[Piece], shards: Shards) 
                              f"buckets want {sizes[:4]}... elements of one dtype")
     return {dataset_path(kind, p.parameter.name, p.box): flats[p.bucket][p.start : p.start + p.box.numel]
             for kind, flats in shards.items() for p in pieces}
-
-
-def _manifest(step: int, saving: Saving, kinds: Mapping[str, str], entries: list[FileEntry],
-              state: Mapping[str, Any]) -> Manifest:
-    """List the whole set; who wrote what follows from the layout."""
-    layout, ranks_per_file = saving.layout, saving.ranks_per_file
-    size, files = layout.mesh.size, []
-    by_name = {entry.name: entry for entry in entries}
-    for number, first in enumerate(range(0, size, ranks_per_file)):
-        boxes = {rank: stored_boxes(layout, rank) for rank in range(first, min(first + ranks_per_file, size))}
-        writers = tuple(rank for rank, found in boxes.items() if found)
-        if writers:
-            files.append(replace(by_name[shard_name(number)], ranks=writers,
-                                 boxes=tuple(box for found in boxes.values() for box in found)))
-    return Manifest(step, kinds, {p.name: p.shape for p in layout.table}, tuple(files), state,
-                    compression=saving.compression)

@@ -148,13 +148,14 @@ def write_file(path: Path, datasets: list[Dataset], arrays: Mapping[str, np.ndar
     `arrays` holds contiguous arrays by dataset path (bfloat16: its bits as uint16). Raises: OSError, UserError.
     Cost: one pass over the arrays; compressed, also the packed bytes in memory.
     """
-    if compression != "none":
-        return write_header(path, lambda file: pack(file, datasets, arrays, compression))
     places: list[int] = []
-    header = header_in_memory(lambda file: places.extend(declare(file, datasets)))
-    data = {at: _bytes(arrays[d.path]) for d, at in zip(datasets, places, strict=True) if d.path in arrays}
+    if compression != "none":
+        header = header_in_memory(lambda file: pack(file, datasets, arrays, compression))
+    else:
+        header = header_in_memory(lambda file: places.extend(declare(file, datasets)))
+    data = {at: _bytes(arrays[d.path]) for d, at in zip(datasets, places, strict=False) if d.path in arrays}
     try:
-        return replace(_write(path, header, data), start=_together(datasets, places))
+        return replace(_write(path, header, data), start=_together(datasets, places) if places else None)
     finally:
         os.close(header)
 
@@ -169,13 +170,17 @@ def _together(datasets: list[Dataset], places: list[int]) -> int | None:
     return places[0]
 
 
-def write_header(path: Path, build: Callable[[h5py.File], None]) -> FileEntry:
-    """Write a new HDF5 file that has only what `build` puts in (attributes, virtual datasets), and sync it."""
-    header = header_in_memory(build)
-    try:
-        return _write(path, header, {})
-    finally:
-        os.close(header)
+def write_small(path: Path, build: Callable[[h5py.File], None]) -> FileEntry:
+    """Write a new HDF5 file that has only what `build` puts in (attributes, virtual datasets), and sync it.
+
+    libhdf5 fills memory, without a file beneath that could fail: it can then not close, and crashes at exit.
+    """
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=_LIBVER, track_order=False) as file:
+        build(file)
+        file.flush()
+        image = file.id.get_file_image()
+    write_bytes(path, image)
+    return FileEntry(path.name, len(image), xxhash.xxh3_128_hexdigest(image))
 
 
 def fill_file(path: Path, datasets: list[Dataset], arrays: Mapping[str, np.ndarray[Any, Any]]) -> int | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcpar.checkpoint.format import (
+    RUN_ID,
     FileEntry,
     Manifest,
     check_manifest,
@@ -74,6 +75,7 @@ def rewind(checkpoints: Path, path: Path) -> list[Path]:
     """
     verify_set(path)
     named = named_sets(checkpoints)
+    (checkpoints / RUN_ID).unlink(missing_ok=True)  # what is in memory may be newer
     moved = []
     for newer in named[named.index(path) + 1 :]:
         name, number = newer.name.strip(".").removesuffix(".old"), 1

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from hpcpar.comm.mpi_patience import Patience
 from hpcpar.comm.recorder import Recorder
+
+# (the other rank, bytes to send or to fill)
+Parcels = Sequence[tuple[int, memoryview]]
+# a count of MPI has 31 bits
+_MESSAGE_BYTES = 1 << 28
 
 
 class Control(Protocol):
@@ -34,6 +39,10 @@ class Control(Protocol):
         """Return when every rank has called."""
         ...
 
+    def exchange(self, outgoing: Parcels, incoming: Parcels) -> None:
+        """Send bytes to ranks and receive from ranks what they send here; of one rank, in its order."""
+        ...
+
 
 class Alone:
     """The control plane of a single process."""
@@ -56,6 +65,10 @@ class Alone:
 
     def barrier(self) -> None:
         """Return at once."""
+
+    def exchange(self, outgoing: Parcels, incoming: Parcels) -> None:
+        """Return at once: there is nobody to send to."""
+        assert not (outgoing or incoming)
 
 
 class OverMPI:
@@ -90,6 +103,14 @@ class OverMPI:
         with self._recorded("barrier"):
             self._communicator.Barrier()
 
+    def exchange(self, outgoing: Parcels, incoming: Parcels) -> None:
+        """Send bytes to ranks and receive from ranks what they send here; of one rank, in its order."""
+        with self._recorded("exchange_bytes"):
+            requests = [self._communicator.Irecv(part, rank) for rank, buffer in incoming for part in _parts(buffer)]
+            requests += [self._communicator.Isend(part, rank) for rank, buffer in outgoing for part in _parts(buffer)]
+            for request in requests:
+                self._patience.wait(request.Test, math.inf, message=True)
+
     def _arrive(self) -> None:
         """Wait for the others asleep: MPI's own blocking calls spin, on cores that a late rank may need."""
         self._patience.wait(self._communicator.Ibarrier().Test, math.inf, message=True)
@@ -105,3 +126,7 @@ class OverMPI:
         self._arrive()
         yield
         self.recorder.end(number)  # not after an error: the call in which it came stays open
+
+
+def _parts(buffer: memoryview) -> list[memoryview]:
+    return [buffer[at : at + _MESSAGE_BYTES] for at in range(0, len(buffer), _MESSAGE_BYTES)]

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -40,6 +39,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from .mpi_bells import open_bells
 from .mpi_buffers import (
     as_bytes,
     cut,
@@ -53,29 +53,11 @@ from .mpi_buffers import (
     send_from,
     store,
 )
-from .mpi_lanes import Lanes
 from .mpi_patience import Patience
 from .mpi_shared import OneHost
-from .mpi_work import MPIWork, Nobody, Observer, Step
+from .mpi_work import Home, MPIWork, Nobody, Observer, Step
 
 _MAX_UNWAITED = 64
-
-
-@dataclass(frozen=True)
-class Home:
-    """What the groups of a process have in common."""
-
-    world: MPI.Intracomm
-    on_host: frozenset[int]  # ranks of `world` that share memory with this one
-    patience: Patience
-    observer: Observer
-    lanes: list[Lanes]  # of all groups that have any
-
-    def progress(self) -> None:
-        """Go on with whatever is in flight in shared memory; MPI does the same for its own in every call."""
-        for lanes in self.lanes:
-            if not lanes.idle:
-                lanes.advance()
 
 
 def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: Patience | None = None,
@@ -88,7 +70,8 @@ def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: 
         return
     world = comm or MPI.COMM_WORLD
     neighbours = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
-    home = Home(world, frozenset(neighbours.allgather(world.rank)), patience or Patience(), observer or Nobody(), [])
+    on_host = {rank: index for index, rank in enumerate(neighbours.allgather(world.rank))}
+    home = Home(world, on_host, open_bells(neighbours), patience or Patience(), observer or Nobody())
     neighbours.Free()
 
     def create(options: Any, pg_options: object) -> MPIProcessGroup:
@@ -130,7 +113,10 @@ class MPIProcessGroup(dist.ProcessGroup):
         super().__init__(comm.rank, comm.size)
         self._comm, self._backend_name, self._timeout, self._home = comm, name, timeout, home
         self._ranks, self._number = ranks, -1
-        self._host = OneHost(comm, home.lanes) if len(ranks) > 1 and home.on_host.issuperset(ranks) else None
+        self._host = None
+        if len(ranks) > 1 and home.on_host.keys() >= set(ranks):
+            others = [home.on_host[rank] for rank in ranks if rank != home.world.rank]
+            self._host = OneHost(comm, home.lanes, lambda: home.ring(others))
         self._group_name = self._group_desc = ""
         self._in_flight: set[MPIWork] = set()
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, None)
@@ -141,11 +127,12 @@ class MPIProcessGroup(dist.ProcessGroup):
             self._number = self._home.observer.group(self._group_desc or self._group_name, self._ranks)
         other = -1 if peer is None else self._global(peer)
         number = self._home.observer.begin(self._number, operation, num_bytes, other)
+        if peer is not None:
+            self._home.ring_rank(other)
         if len(self._in_flight) >= _MAX_UNWAITED:  # someone never waits for sends: let go of the complete ones
             for work in list(self._in_flight):
                 work.is_completed()
-        work = MPIWork(steps, outputs, self._home.patience, self._timeout, self._in_flight, peer is not None,
-                       self._home.observer, number, self._home.progress)
+        work = MPIWork(steps, outputs, self._home, self._timeout, self._in_flight, number, other)
         if opts is not None and not opts.asyncOp:
             work.wait()
         return work

@@ -6,6 +6,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # who only waits for a condition needs no MPI
+    from .mpi_bells import Bells
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,14 @@ class Patience:
     sleep_s: float = 50e-6
     longest_s: float = 2e-3
 
-    def wait(self, is_complete: Callable[[], bool], timeout_s: float, message: bool) -> None:
-        """Return once `is_complete()`; raise TimeoutError after `timeout_s`. `message`: of two ranks only."""
+    def wait(self, is_complete: Callable[[], bool], timeout_s: float, message: bool,
+             bells: Bells | None = None) -> None:
+        """Return once `is_complete()`; raise TimeoutError after `timeout_s`.
+
+        `message`: of two ranks only. `bells`: who brings what is waited for rings.
+        """
         start = time.monotonic()
-        for _ in range(min(self.polls, 100) if message else self.polls):
+        for _ in range(min(self.polls, 20 if bells else 100 if message else self.polls)):
             if is_complete():
                 return
             os.sched_yield()
@@ -34,4 +42,7 @@ class Patience:
             waited = time.monotonic() - start
             if waited > timeout_s:
                 raise TimeoutError(f"an MPI operation did not complete in {timeout_s:g} s: other ranks did not arrive")
-            time.sleep(min(max(waited / (10 if message else 50), self.sleep_s), self.longest_s))
+            if bells:
+                bells.sleep(is_complete, self.longest_s)
+            else:
+                time.sleep(min(max(waited / (10 if message else 50), self.sleep_s), self.longest_s))

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from .mpi_lanes import Lanes, Ticket, Turn, map_together, open_lanes
+from .mpi_lanes import Lanes, Ticket, Turn, open_lanes
+from .mpi_memory import map_together
 
 SMALL_BYTES = 1 << 14  # up to here every rank sums all of an all-reduce: one turn, not two
 _LARGE_BYTES, _LARGEST_BYTES = 1 << 26, 1 << 23  # of all ranks' lanes for longer messages, and of one rank's
@@ -58,8 +59,9 @@ class OneHost:
     small messages and for what lies in regions, one for long messages.
     """
 
-    def __init__(self, comm: MPI.Intracomm, all_lanes: list[Lanes]):
+    def __init__(self, comm: MPI.Intracomm, all_lanes: list[Lanes], ring: Callable[[], None]):
         self._comm, self._rank, self._size, self._all_lanes = comm, comm.rank, comm.size, all_lanes
+        self._ring = ring
         self._lanes: dict[bool, Lanes | None] = {}
         self._regions: list[Region] = []
 
@@ -68,7 +70,7 @@ class OneHost:
         is_long = num_bytes > SMALL_BYTES
         if is_long not in self._lanes:
             slot = min(_LARGEST_BYTES, _LARGE_BYTES // self._size) // 2 if is_long else SMALL_BYTES
-            lanes = open_lanes(self._comm, max(slot // 4096 * 4096, SMALL_BYTES))
+            lanes = open_lanes(self._comm, max(slot // 4096 * 4096, SMALL_BYTES), self._ring)
             self._lanes[is_long] = lanes
             if lanes is not None:
                 self._all_lanes.append(lanes)
@@ -85,20 +87,21 @@ class OneHost:
     def barrier(self) -> Ticket | None:
         """Let nobody go on before all have come."""
         lanes = self._for(0)
-        return None if lanes is None else lanes.begin([Turn(None, _nothing)])
+        return None if lanes is None else lanes.begin("barrier", [Turn(None, _nothing)])
 
     def broadcast(self, flat: Tensor, root: int) -> Ticket | None:
         """Copy the root's elements to all."""
         lanes = self._for(flat.nbytes)
         if lanes is None:
             return None
+        meaning, pieces = f"broadcast {root} {flat.nbytes}", _pieces(flat, lanes.slot_bytes)
         if self._rank == root:
-            return lanes.begin([Turn(partial(_put, piece), _nothing) for piece in _pieces(flat, lanes.slot_bytes)])
+            return lanes.begin(meaning, [Turn(partial(_put, piece), _nothing) for piece in pieces])
 
         def take(slots: list[Tensor], piece: Tensor) -> None:
             _get(slots[root], piece)
 
-        return lanes.begin([Turn(None, partial(take, piece=piece)) for piece in _pieces(flat, lanes.slot_bytes)])
+        return lanes.begin(meaning, [Turn(None, partial(take, piece=piece)) for piece in pieces])
 
     def all_gather(self, out: Tensor, piece: Tensor) -> Ticket | None:
         """Copy every rank's `piece` [n] into `out` [size n]."""
@@ -117,8 +120,9 @@ class OneHost:
                     _get(slot, rows[rank, low:high])
 
         step = lanes.slot_bytes // piece.element_size()
-        return lanes.begin([Turn(partial(_put, piece[low:low + step]), partial(take, low=low, high=low + step))
-                            for low in range(0, piece.numel(), step)])
+        return lanes.begin(f"all_gather {piece.nbytes}", [
+            Turn(partial(_put, piece[low:low + step]), partial(take, low=low, high=low + step))
+            for low in range(0, piece.numel(), step)])
 
     def reduce_scatter(self, out: Tensor, whole: Tensor, op: dist.ReduceOp) -> Ticket | None:
         """Reduce `whole` [size n] over the ranks; each keeps its own part, `out` [n]."""
@@ -126,9 +130,10 @@ class OneHost:
         lanes = self._for(0 if region else whole.nbytes)
         if lanes is None:
             return None
+        meaning = f"reduce_scatter {op.op} {whole.nbytes}"
         if region is not None:
             own = [each[self._rank * num:(self._rank + 1) * num] for each in region.views(whole)]
-            return lanes.begin([Turn(None, lambda slots: _reduce(out, own, op), held=True)])
+            return lanes.begin(meaning, [Turn(None, lambda slots: _reduce(out, own, op), held=True)])
         rows = whole.view(self._size, num)
 
         def put(slot: Tensor, low: int, high: int) -> None:
@@ -138,18 +143,20 @@ class OneHost:
             _reduce(out[low:high], [each[self._rank] for each in _as(slots, rows[:, low:high])], op)
 
         step = lanes.slot_bytes // (self._size * whole.element_size())
-        return lanes.begin([Turn(partial(put, low=low, high=low + step), partial(take, low=low, high=low + step))
-                            for low in range(0, num, step)])
+        return lanes.begin(meaning, [
+            Turn(partial(put, low=low, high=low + step), partial(take, low=low, high=low + step))
+            for low in range(0, num, step)])
 
     def all_reduce(self, flat: Tensor, op: dist.ReduceOp) -> Ticket | None:
         """Reduce `flat` [n] in place: small ones all by everyone, others a part by each, who then shows it to all."""
         lanes = self._for(flat.nbytes)
         if lanes is None:
             return None
+        meaning = f"all_reduce {op.op} {flat.nbytes}"
         if flat.nbytes <= SMALL_BYTES:
-            return lanes.begin([Turn(partial(_put, flat), lambda slots: _reduce(flat, _as(slots, flat), op))])
-        return lanes.begin([turn for piece in _pieces(flat, lanes.slot_bytes)
-                            for turn in self._reduce_and_show(piece, op)])
+            return lanes.begin(meaning, [Turn(partial(_put, flat), lambda slots: _reduce(flat, _as(slots, flat), op))])
+        return lanes.begin(meaning, [turn for piece in _pieces(flat, lanes.slot_bytes)
+                                     for turn in self._reduce_and_show(piece, op)])
 
     def _reduce_and_show(self, piece: Tensor, op: dist.ReduceOp) -> list[Turn]:
         share = math.ceil(piece.numel() / self._size)

@@ -5,7 +5,8 @@
 # torch's stubs know one of several accepted signatures, and not the same one in every version.
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from .mpi_lanes import Ticket
+from .mpi_bells import Bells
+from .mpi_lanes import Lanes, Ticket
 from .mpi_patience import Patience
 
 # A request in flight, what is left to do once it is complete, and its buffers: mpi4py does not keep a tensor's memory
@@ -52,21 +54,52 @@ class Nobody:
     def end(self, number: int) -> None: ...
 
 
+@dataclass(frozen=True)
+class Home:
+    """What the groups of a process have in common."""
+
+    world: MPI.Intracomm
+    on_host: Mapping[int, int]  # ranks of `world` that share memory with this one, and their indices there
+    bells: Bells | None  # by these indices
+    patience: Patience
+    observer: Observer
+    lanes: list[Lanes] = field(default_factory=list)  # of all groups that have any
+
+    def progress(self) -> None:
+        """Go on with whatever is in flight elsewhere than in what this rank waits for."""
+        for lanes in self.lanes:
+            if not lanes.idle:
+                lanes.advance()
+        self.world.Iprobe()  # MPI goes on in every call
+
+    def ring(self, indices: Collection[int]) -> None:
+        """Wake those of these ranks of the host that sleep."""
+        if self.bells:
+            self.bells.ring(indices)
+
+    def ring_rank(self, rank: int) -> None:
+        """Wake a rank of `world` if it sleeps on this host."""
+        if rank in self.on_host:
+            self.ring((self.on_host[rank],))
+
+
 class MPIWork(dist.Work):
     """One or more MPI requests, the buffers they use, and what is to be done when they are complete.
 
     get_future() completes it at once: MPI calls nobody back, so that nothing could fulfil a future later.
     """
 
-    def __init__(self, steps: list[Step], outputs: list[Tensor], patience: Patience, timeout: timedelta,
-                 in_flight: set[MPIWork], message: bool, observer: Observer, number: int,
-                 progress: Callable[[], None]):
+    def __init__(self, steps: list[Step], outputs: list[Tensor], home: Home, timeout: timedelta,
+                 in_flight: set[MPIWork], number: int, peer: int):
+        """`number`: the observer's. `peer`: the other global rank of a message, -1 for a collective."""
         super().__init__()
-        self._message, self._observer, self._number, self._progress = message, observer, number, progress
+        self._home, self._number, self._peer = home, number, peer
         self._requests = [step[0] for step in steps]
         self._finish = [step[1] for step in steps if step[1]]
         self._buffers: list[object] = [step[2] for step in steps]
-        self._outputs, self._patience, self._timeout, self._in_flight = outputs, patience, timeout, in_flight
+        self._outputs, self._timeout, self._in_flight = outputs, timeout, in_flight
+        rung = peer in home.on_host or all(isinstance(request, Ticket) for request in self._requests)
+        self._bells = home.bells if rung else None
         self._status = MPI.Status()
         in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request
 
@@ -81,21 +114,23 @@ class MPIWork(dist.Work):
                 finish()
             self._finish, self._buffers = [], []
             self._in_flight.discard(self)
-            self._observer.end(self._number)
+            self._home.observer.end(self._number)
+            self._home.ring_rank(self._peer)
         return complete
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Complete the operation; raise TimeoutError after `timeout` (0: the group's)."""
         if self._requests:
-            self._observer.wait(self._number)
-        self._patience.wait(self._poll, (timeout or self._timeout).total_seconds(), self._message)
+            self._home.observer.wait(self._number)
+        timeout_s = (timeout or self._timeout).total_seconds()
+        self._home.patience.wait(self._poll, timeout_s, self._peer >= 0, self._bells)
         return True
 
     def _poll(self) -> bool:
         """Look whether the operation is complete; go on with the others, as MPI does in its own waits."""
         if self.is_completed():
             return True
-        self._progress()
+        self._home.progress()
         return False
 
     def synchronize(self) -> None:

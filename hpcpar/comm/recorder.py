@@ -34,8 +34,8 @@ _END = _TEXTS + (1 << 16)  # after it the interpreter writes its fault dump
 
 ALIKE = frozenset({"all_reduce", "broadcast", "reduce", "all_gather", "reduce_scatter"})
 """Operations in which every rank must give equally many bytes."""
-_PASSED_OVER = ("torch" + os.sep, "mpi_backend.py", "mpi_patience.py", "recorder.py", "control.py", "contextlib.py",
-                "typing_extensions.py")
+_PASSED_OVER = ("torch" + os.sep, "mpi_backend.py", "mpi_work.py", "mpi_shared.py", "mpi_lanes.py", "mpi_bells.py",
+                "mpi_patience.py", "recorder.py", "control.py", "contextlib.py", "typing_extensions.py")
 _COMM = str(Path(__file__).parent)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from hpcpar.commands.command import Command, Words
@@ -19,30 +20,49 @@ def commands() -> list[Command]:
         ("--json", {"action": "store_true", "help": "one object on stdout; seconds, bytes, FLOP"}),
         ("--plot", {"type": Path, "metavar": "DIR", "help": "draw timeline, memory and time into DIR"}),
         ("--search", {"action": "store_true", "help": "find the best layouts for the job's GPUs"}),
-        ("--gpus", {"type": int, "metavar": "N", "help": "GPUs (default: those of [machine])"}),
+        ("--gpus", {"type": _whole, "metavar": "N", "help": "GPUs (default: those of [machine])"}),
         ("--with", {"dest": "second", "metavar": "KIND:N", "help": "share the batch with N GPUs of another kind"}),
         ("--budget", {"metavar": "P|Dd", "help": "find the best model shapes of P parameters, or the largest model "
                                                  "that trains in D days, as in 30d (20 tokens a parameter)"}),
-        ("--efficiency", {"type": float, "metavar": "E", "help": "also the days at this share of the peak"}),
+        ("--efficiency", {"type": _share, "metavar": "E", "help": "also the days at this share of the peak"}),
         ("--ladder", {"metavar": "NAME", "help": "a published family of models: gpt3"}),
-        ("--tokens", {"type": float, "metavar": "T", "help": "with a number of parameters: FLOPs, GPU-days and money"}),
+        ("--tokens", {"type": _positive, "metavar": "T", "help": "with a number of parameters: FLOPs, GPU-days, "
+                                                             "money"}),
     ], overrides=True)]
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
+def _whole(text: str) -> int:
+    number = _positive(text)
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number")
+    return int(number)
+
+
+def _share(text: str) -> float:
+    number = _positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of the peak, such as 0.4")
+    return number
 
 
 def _plan(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     num_parameters = _number(args.job)
     if args.job is not None and not args.ladder and num_parameters is None:
         (_search if args.search or args.budget else _one)(args, words)
-        return 0
-    from hpcpar.config.load import parse_overrides
-    from hpcpar.planner.shapes import describe_ladder, describe_sums
-
-    wish = parse_overrides(words)
-    gpu, price = wish.get("machine.gpu", "a100-80g"), float(wish.get("submit.price_per_gpu_hour", 0.0))
-    if args.ladder:
-        print(describe_ladder(args.ladder, gpu))
-    elif num_parameters is not None:
-        print(describe_sums(num_parameters, args.tokens, args.gpus, gpu, args.efficiency, price))
+    elif args.json or args.plot or args.search or args.budget or args.second:
+        raise UserError("plan", "--json, --plot, --search, --budget and --with need a job file", "hpcpar plan JOB ...")
+    elif args.ladder or num_parameters is not None:
+        _sums(args, words, num_parameters)
     else:
         raise UserError("plan", "needs a job file", "hpcpar plan JOB, or hpcpar plan 175e9, or --ladder gpt3")
     return 0
@@ -50,9 +70,24 @@ def _plan(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
 
 def _number(word: str | None) -> float | None:
     try:
-        return float(word or "")
+        number = float(word or "")
     except ValueError:
         return None
+    if not 0 < number < math.inf:
+        raise UserError("plan", f"{word} is no number of parameters", "for example 175e9")
+    return number
+
+
+def _sums(args: argparse.Namespace, words: Words, num_parameters: float | None) -> None:
+    from hpcpar.config.load import job_from_words, parse_overrides
+    from hpcpar.planner.shapes import describe_ladder, describe_sums
+
+    gpu, job = parse_overrides(words).get("machine.gpu", "a100-80g"), job_from_words(words)
+    if args.ladder:
+        print(describe_ladder(args.ladder, gpu))
+    elif num_parameters is not None:
+        print(describe_sums(num_parameters, args.tokens, args.gpus, gpu, args.efficiency,
+                            job.submit.price_per_gpu_hour))
 
 
 def _one(args: argparse.Namespace, words: Words) -> None:
@@ -61,6 +96,8 @@ def _one(args: argparse.Namespace, words: Words) -> None:
     from hpcpar.planner.plan import make_plan
 
     job = load_job(args.job, words)
+    if args.plot:
+        _make_folder(args.plot)
     if args.gpus:
         per_node = job.machine.gpus_per_node
         job = override(job, layout={"dp": None}, machine={"nodes": -(-args.gpus // per_node)})
@@ -89,6 +126,13 @@ def _one(args: argparse.Namespace, words: Words) -> None:
             print(path)
 
 
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("--plot", f"{path} cannot be a folder: {error.strerror}", "give a folder of yours") from None
+
+
 def _search(args: argparse.Namespace, words: Words) -> None:
     from hpcpar.config.load import load_job, override
     from hpcpar.config.resolve import resolve
@@ -114,8 +158,8 @@ def _budget(job: Job, num_gpus: int, budget: str) -> str:
     from hpcpar.planner.shapes import describe_frontier, frontier, largest_in
 
     try:
-        amount = float(budget.removesuffix("d"))
-    except ValueError:
+        amount = _positive(budget.removesuffix("d"))
+    except argparse.ArgumentTypeError:
         raise UserError("--budget", f"{budget} is neither a number nor days", "for example 245e9, or 30d") from None
     if budget.endswith("d"):
         shape = largest_in(job, num_gpus, amount)

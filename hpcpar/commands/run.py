@@ -65,6 +65,7 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     from hpcpar.comm.watch import Watch
     from hpcpar.layout.layout import Layout
     from hpcpar.train.loop import start_run, train
+    from hpcpar.train.shortage import explained
 
     world = connect(surroundings)
     if args.allow_fresh and world.rank == 0:
@@ -75,7 +76,9 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
         _rewind(folder, args, world)
     logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
                         format="%(asctime)s %(levelname)s %(message)s")
-    with Watch.start(folder, world.control, world.host, Layout(job).mesh, world.abort, job.health) as watch:
+    mesh = Layout(job).mesh
+    with (Watch.start(folder, world.control, world.host, mesh, world.abort, job.health) as watch,
+          explained(job, mesh.coordinates(world.rank), world.device)):
         watch.note(phase="start")
         open_process_group(world)
         run = start_run(job, world, folder, order, surroundings.live, lambda action: watch.note(action=action))

@@ -114,7 +114,9 @@ class Checkpoint:
                                                "by their measured cost and machine.mtbf_h", 0)
     keep: int = option(3, "newest sets kept; 0 = all", 0)
     keep_every: int = option(0, "sets of steps that this divides are kept for good; 0 = none", 0)
-    asynchronous: bool = option(True, "steps wait only for a copy in memory; a child process beside each rank writes")
+    asynchronous: bool | Literal["neighbour"] = option(True, "steps wait only for a copy in memory; a child process "
+                                                             "beside each rank writes; neighbour: and each node keeps "
+                                                             "a copy of itself and of the node before it in memory")
     ranks_per_file: int = option(1, "consecutive ranks that share a shard file", 1)
     compression: Literal["none", "blosc2-zstd", "blosc2-lz4"] = option("none", "lossless, of the shard files; needs "
                                                                                "hdf5plugin, to read too")

@@ -38,6 +38,15 @@ def load_job(path: str | Path, overrides: Sequence[str] = (), cluster: Path | No
                 raise UserError(str(cluster), f"has {name}, but a cluster profile says where a job runs, not what "
                                 "it is", "keep [machine] and [submit]")
             tables[name] = _under(tables.get(name, {}), table)
+    return _job(tables, overrides)
+
+
+def job_from_words(overrides: Sequence[str]) -> Job:
+    """Build a Job from the defaults and `--table.key value` alone."""
+    return _job({}, overrides)
+
+
+def _job(tables: dict[str, Any], overrides: Sequence[str]) -> Job:
     for dotted, value in parse_overrides(overrides).items():
         table, _, key = dotted.partition(".")
         tables[table] = _under(tables.get(table, {}), {key: value})

@@ -193,6 +193,9 @@ def _check_optim(job: Job) -> None:
     _require(data.validation < 1, "data.validation", f"is {data.validation}, must be below 1", "write 0.01")
     _require(job.checkpoint.ranks_per_file <= job.world_size, "checkpoint.ranks_per_file",
              f"is {job.checkpoint.ranks_per_file}, more than the {job.world_size} ranks", f"write {job.world_size}")
+    _require(job.checkpoint.asynchronous != "neighbour" or job.checkpoint.ranks_per_file == 1,
+             "checkpoint.ranks_per_file", f"is {job.checkpoint.ranks_per_file} with asynchronous = neighbour, which "
+             "keeps each rank's file apart", "write ranks_per_file = 1")
     _require(job.checkpoint.compression == "none" or job.checkpoint.ranks_per_file == 1, "checkpoint.compression",
              f"is {job.checkpoint.compression} with {job.checkpoint.ranks_per_file} ranks a file, which must know the "
              "sizes beforehand", "write ranks_per_file = 1")

@@ -12,6 +12,7 @@ class Surroundings:
     """Where this process was started, as launchers and schedulers tell it through the environment."""
 
     host: str
+    node: str = ""  # the host by the name that Slurm knows; without Slurm that of the host
     rank: int = 0  # of this process, to let one of them speak before MPI is up
     num_tasks: int = 1  # ranks that the launcher or scheduler says it started
     launcher: str = ""  # "srun", "mpirun", or "" for a process started by hand
@@ -29,8 +30,10 @@ class Surroundings:
         under_mpirun = number("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
         # SLURM_NTASKS alone is also set in the batch script, where one process is right: only a step has a PROCID
         under_srun = number("SLURM_STEP_NUM_TASKS") if "SLURM_PROCID" in environment else 0
+        host = socket.gethostname()
         return cls(
-            host=socket.gethostname(),
+            host=host,
+            node=environment.get("SLURMD_NODENAME") or host,
             rank=number("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
             num_tasks=max(under_mpirun, under_srun, 1),
             launcher="srun" if under_srun else "mpirun" if under_mpirun else "",

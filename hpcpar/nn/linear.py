@@ -25,7 +25,16 @@ class Linear(nn.Linear):
         return self.product(x, self.weight, None)
 
 
-class Vocabulary(nn.Embedding):
+class Table(nn.Embedding):
+    """Rows, one a number."""
+
+    def reset_parameters(self) -> None:
+        """Draw first values, but not on the meta device, where that imports torch._dynamo: longer than torch itself."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Vocabulary(Table):
     """A row a token, looked up at the input; where it is tied, also the matrix that scores at the output."""
 
     product: Product = staticmethod(F.linear)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpcpar.config.job import Model, required
 from hpcpar.nn.attention import Attention, Exchange, identity, rotary_table
 from hpcpar.nn.dropout import Draw, dropout
-from hpcpar.nn.linear import Linear, Vocabulary
+from hpcpar.nn.linear import Linear, Table, Vocabulary
 
 
 def make_norm(model: Model) -> nn.Module:
@@ -92,7 +92,7 @@ class Embedding(nn.Module):
     def __init__(self, model: Model, with_position: bool):
         super().__init__()
         self.token = Vocabulary(model.vocab, model.hidden)
-        self.position = nn.Embedding(model.seq, model.hidden) if with_position else None
+        self.position = Table(model.seq, model.hidden) if with_position else None
         self.lookup: Callable[[Vocabulary, Tensor], Tensor] = look_up
         self.first_position = 0  # of this rank's tokens, under sequence parallelism
         self.grad_factor = model.embedding_grad

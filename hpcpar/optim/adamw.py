@@ -29,30 +29,20 @@ class AdamW:
     """
 
     def __init__(self, runs: Sequence[Run], optim: Optim):
-        self._steps: list[Tensor] = []
-        groups = [{"params": [], "weight_decay": optim.weight_decay}, {"params": [], "weight_decay": 0.0}]
-        # lr 1.0 stands in until the first update gives it
-        self._runs = list(runs)
-        parameters = [torch.nn.Parameter(run.weight, requires_grad=True) for run in runs]
-        for parameter, run in zip(parameters, runs, strict=True):
-            parameter.grad = run.grad
-            groups[0 if run.decayed else 1]["params"].append(parameter)  # type: ignore[attr-defined]
-        groups = [group for group in groups if group["params"]]
-        self._torch = None
-        if groups:
-            self._torch = torch.optim.AdamW(groups, lr=1.0, betas=optim.betas, eps=optim.eps, fused=True)
-        for parameter, run in zip(parameters, runs, strict=True):
-            assert self._torch is not None
-            step = torch.zeros((), dtype=torch.float32, device=run.weight.device)
-            self._steps.append(step)
-            self._torch.state[parameter] = {"step": step, "exp_avg": run.exp_avg, "exp_avg_sq": run.exp_avg_sq}
+        self._optim = optim
+        decay = {True: optim.weight_decay, False: 0.0}
+        self._groups = [(decay[decayed], [run for run in runs if run.decayed == decayed]) for decayed in (True, False)]
 
     def update(self, lr: float, num_updates: int) -> None:
         """Apply one update in place; `num_updates` is how many were made before (for the bias correction)."""
-        if self._torch is None:
-            return
-        for step in self._steps:
-            step.fill_(num_updates)
-        for group in self._torch.param_groups:
-            group["lr"] = lr
-        self._torch.step()
+        optim = self._optim
+        for weight_decay, runs in self._groups:
+            if not runs:
+                continue
+            count = torch.full((), num_updates + 1.0, device=runs[0].weight.device)
+            # The kernel of torch.optim.AdamW(fused=True), without that class: its first use imports torch._dynamo,
+            # which takes as long as all else that a rank does before its first step
+            torch._fused_adamw_([run.weight for run in runs], [run.grad for run in runs],
+                                [run.exp_avg for run in runs], [run.exp_avg_sq for run in runs], [],
+                                [count] * len(runs), lr=lr, beta1=optim.betas[0], beta2=optim.betas[1],
+                                weight_decay=weight_decay, eps=optim.eps, amsgrad=False, maximize=False)

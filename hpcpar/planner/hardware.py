@@ -12,7 +12,10 @@ path of a TOML of the same form (`hpcpar calibrate` writes one):
     launch_us = 4.0              # from one kernel's end to the next one's start
     gb_per_s = 2039.0            # device memory, datasheet
     gb_efficiency = 0.85         # share of it that a kernel without reuse reaches
+    measured_gb_per_s = 1610.0   # a copy, as others measured it; only for comparison; 0: not known
     watts = 400.0                # one device under load, with its share of the node
+    cores = 0                    # a CPU: cores that the ranks of a node share; rates here are then those of one core
+                                 # while all are busy, memory and watts the node's. 0: a rank has a device of its own
 
     [peak_tflops]                # dense, by precision: what MFU is measured against
     bf16 = 312.0
@@ -25,6 +28,7 @@ path of a TOML of the same form (`hpcpar calibrate` writes one):
     units = 108                  # parts that work on one tile each (multiprocessors, cores)
     tile = [256, 128]            # rows and columns of the largest tile; smaller ones are tried as well
     half_depth = 100.0           # inner dim at which a tile reaches half its rate
+    alignment = 64               # elements on whose multiples a row must start to be read at full speed; 1: anywhere
     measured = [[8192, 8192, 8192, 250.0]]   # m, n, k, TFLOP/s in 16 bits (fp32 where the machine has no other)
 
     [attention]                  # a fused kernel that never writes the scores
@@ -36,6 +40,7 @@ path of a TOML of the same form (`hpcpar calibrate` writes one):
     gb_per_s = 300.0             # one device, one direction
     efficiency = 0.80            # share of it that a large collective reaches
     latency_us = 6.0             # a step of a ring
+    measured_gb_per_s = 231.6    # as above, of a large all-reduce (bus bandwidth)
 
     [across]                     # between nodes
     gb_per_s = 25.0              # one device's share of the node's adapters, one direction
@@ -47,6 +52,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -57,6 +63,8 @@ from typing import Any
 from hpcpar.errors import UserError, did_you_mean
 
 KNOWN = Path(__file__).parent / "machines"
+ALIGNMENTS = (1, 2, 4, 8, 16, 32, 64)
+MAY_BE_0 = frozenset({"reserved_gib", "launch_us", "latency_us", "half_depth", "watts", "cores", "measured_gb_per_s"})
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class Chip:
     gb_per_s: float
     gb_efficiency: float
     watts: float
+    cores: int = 0
+    measured_gb_per_s: float = 0.0
 
     @property
     def usable_bytes(self) -> float:
@@ -99,6 +109,7 @@ class Matmul:
     units: int
     tile: tuple[int, int]
     half_depth: float
+    alignment: int = 64
     measured: tuple[tuple[float, ...], ...] = ()
 
 
@@ -117,6 +128,7 @@ class Link:
     gb_per_s: float
     efficiency: float
     latency_us: float
+    measured_gb_per_s: float = 0.0
 
     @property
     def bytes_per_s(self) -> float:
@@ -148,6 +160,11 @@ class Machine:
         """Return the dense peak in FLOP/s."""
         return float(getattr(self.peak_tflops, precision)) * 1e12
 
+    @property
+    def peak_16_bits(self) -> float:
+        """The larger of both 16-bit peaks, in FLOP/s."""
+        return max(self.peak_flops("bf16"), self.peak_flops("fp16"))
+
 
 def known_machines() -> list[str]:
     """List the machines that hpcpar knows by name."""
@@ -164,10 +181,21 @@ def load_machine(name: str) -> Machine:
     return machine_from_tables(name, _tables(path))
 
 
+def is_cpu(name: str) -> bool:
+    """Whether a job's machine.gpu means cores that its ranks share: `cpu`, or what calibrate wrote of some."""
+    try:
+        return name == "cpu" or load_machine(name).chip.cores > 0
+    except UserError:
+        return False
+
+
 def machine_from_tables(name: str, tables: dict[str, Any]) -> Machine:
     """Build a machine from nested tables, checking every key."""
     hints = typing.get_type_hints(Machine)
-    parts: dict[str, Any] = {"name": name, "source": tuple(tables.pop("source", ()))}
+    source = tables.pop("source", ())
+    if not isinstance(source, list | tuple) or not all(isinstance(line, str) for line in source):
+        raise UserError(f"{name}: source", f"is {source!r}, must be a list of texts", 'write source = ["..."]')
+    parts: dict[str, Any] = {"name": name, "source": tuple(source)}
     for table, kind in hints.items():
         if table not in parts:
             parts[table] = _part(f"{name}: {table}", kind, tables.pop(table, {}))
@@ -194,6 +222,8 @@ def _tables(path: Path) -> dict[str, Any]:
     base = tables.pop("base", None)
     if base is None:
         return tables
+    if base not in known_machines():
+        raise UserError(f"{path}: base", f"{base} is no known machine", did_you_mean(str(base), known_machines()))
     beneath = _tables(KNOWN / f"{base}.toml")
     merged = {**beneath, **tables}
     for key, value in beneath.items():
@@ -217,8 +247,22 @@ def _part(where: str, kind: Any, table: Any) -> Any:
 
 
 def _number(where: str, hint: Any, value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise UserError(where, f"is {value!r}, must be a number of at least 0", "mend that line")
+    name = where.rpartition(".")[2]
+    if name == "measured":
+        if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == 4 for row in value):
+            raise UserError(where, f"is {value!r}, must be rows of m, n, k, TFLOP/s", "see hpcpar/planner/hardware.py")
+        return tuple(tuple(_number(f"{where} row {i}", float, v) for v in row) for i, row in enumerate(value, 1))
+    if name == "tile":
+        if not isinstance(value, list) or len(value) != 2:
+            raise UserError(where, f"is {value!r}, must be two numbers", "for example tile = [256, 128]")
+        return tuple(_number(f"{where} side", int, side) for side in value)
+    least = "at least" if name in MAY_BE_0 else "above"
+    legal = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) \
+        and (value > 0 or (value == 0 and name in MAY_BE_0))
+    if not legal:
+        raise UserError(where, f"is {value!r}, must be a number {least} 0", "mend that line")
+    if hint is int and value != int(value):
+        raise UserError(where, f"is {value!r}, must be a whole number", f"for example {round(value)}")
+    if name == "alignment" and value not in ALIGNMENTS:
+        raise UserError(where, f"is {value!r}, must be a power of 2 up to 64", "64 on GPUs, 1 on CPUs")
     return int(value) if hint is int else float(value)

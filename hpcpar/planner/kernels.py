@@ -20,7 +20,7 @@ def product_s(machine: Machine, m: int, n: int, k: int, precision: str, batch: i
     counts, as a library's heuristic would choose; smaller tiles load more operands per operation.
     """
     spec = machine.matmul
-    rate = machine.peak_flops(precision) * spec.efficiency * _alignment(m, n, k) / spec.units
+    rate = machine.peak_flops(precision) * spec.efficiency * _alignment(n, k, spec.alignment) / spec.units
     best = math.inf
     for rows, columns in SMALLER_TILES:
         for tile_m, tile_n in ((spec.tile[0] // rows, spec.tile[1] // columns),
@@ -36,12 +36,12 @@ def product_s(machine: Machine, m: int, n: int, k: int, precision: str, batch: i
     return max(best, moved / machine.chip.bytes_per_s)
 
 
-def _alignment(m: int, n: int, k: int) -> float:
-    """Return the share of speed left when rows do not start on 128-byte lines (64 16-bit elements).
+def _alignment(n: int, k: int, unit: int) -> float:
+    """Return the share of speed left when rows do not start on the machine's lines: 128 bytes, 64 16-bit elements.
 
     Source: NVIDIA, Matrix Multiplication Background User's Guide, figure on alignment (A100).
     """
-    return ALIGNED[min(math.gcd(n, 64), math.gcd(k, 64))]
+    return ALIGNED[64 // unit * min(math.gcd(n, unit), math.gcd(k, unit))]
 
 
 def moved_s(machine: Machine, num_bytes: float, kernels: int = 1, launch_s: float | None = None) -> float:

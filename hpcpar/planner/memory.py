@@ -56,7 +56,8 @@ def state_memory(numel: int, num_shards: int, zero: int, precision: str, practic
     return Memory(
         weights=element * (owned if zero == 3 else numel),
         gradients=(practice.grad_bytes if mixed else main) * (owned if zero >= 2 else numel)
-        + (main * owned if practice.copies_owned_grads else 0),
+        + (main * owned if practice.copies_owned_grads else 0)
+        + (element * numel if practice.keeps_both_grads else 0),
         master=main * owned if mixed else 0.0,
         moments=2 * main * owned,
     )
@@ -99,6 +100,16 @@ def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TR
     return float(practice.logits_bytes * tokens * rows)
 
 
+def embedding_bytes(model: Model, tp: int, sequence_parallel: bool, microbatch: int,
+                    practice: Practice = TRAINER) -> float:
+    """Return what the embedding keeps of one microbatch: its token numbers, and dropout's mask.
+
+    Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4.3 (sbh a microbatch in flight).
+    """
+    mask = model.hidden / (tp if sequence_parallel else 1) if practice.dropout else 0.0
+    return microbatch * model.seq * (8 + mask)
+
+
 def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first: bool, last: bool,
                  practice: Practice = TRAINER) -> Memory:
     """Return a rank's memory on a stage that holds `numel` elements and `in_flight` microbatches at most.
@@ -121,6 +132,8 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
     activations = in_flight * num_layers * layer(wish.recompute)
     # a layer's recomputation comes when the logits are gone: the larger of the two counts
     activations += max(0.0, layer("none") - layer(wish.recompute) - logits)
+    if first:
+        activations += in_flight * embedding_bytes(seq_cut, wish.tp, sequence_parallel, train.microbatch, practice)
     if last:
         activations += message + full_width  # the final norm's input, and the head's
     else:

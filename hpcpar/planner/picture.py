@@ -41,7 +41,10 @@ def _timeline(plan: Plan, axes: Any) -> None:
     pricing, wish = plan.pricing, plan.job.layout
     num = pricing.num_microbatches
     shown = min(num, max(2, -(-MANY // wish.pp)) * wish.pp)  # in whole rounds, past the fill
-    schedule = schedule_of(wish.schedule, wish.pp, shown, wish.chunks)
+    if pricing.own:
+        schedule, shown = pricing.own, num
+    else:
+        schedule = schedule_of(wish.schedule, wish.pp, shown, wish.chunks)
     spans = play(schedule, [c.forward.total for c in pricing.chunks], [c.backward.total for c in pricing.chunks],
                  pricing.boundary_s if wish.pp > 1 else 0.0)
     for kind, colour in COLOURS.items():

@@ -32,7 +32,7 @@ class Plan:
 
     @property
     def machine(self) -> Machine:
-        """The machine."""
+        """The machine, as one of its ranks sees it."""
         return self.pricing.machine
 
     @cached_property
@@ -79,8 +79,12 @@ class Plan:
         return self._share(self.hardware_flops)
 
     def _share(self, step_flops: float) -> float:
-        peak = self.machine.peak_flops(self.job.train.precision)
-        return step_flops / (self.time.total * self.job.world_size * peak)
+        return step_flops / (self.time.total * self.job.world_size * self.rank_peak_flops)
+
+    @property
+    def rank_peak_flops(self) -> float:
+        """The dense peak that a rank can count on, in FLOP/s: its device's, or its part of shared cores."""
+        return self.machine.peak_flops(self.job.train.precision) / self.pricing.node.crowd
 
     @cached_property
     def run(self) -> Run:

@@ -23,6 +23,7 @@ class Practice:
     recomputes_projections: bool = True  # "selective" repeats all of attention; False: without its products
     keeps_half_the_products: bool = False  # "selective" keeps every other product's result and the attention's instead
     grad_bytes: int = 4  # of a gradient as it is accumulated and reduced
+    keeps_both_grads: bool = False  # those in 16 bits live on beside the accumulated ones
     copies_owned_grads: bool = False  # the update works on an fp32 copy of the owned gradients
     bucket_bytes: float = 0.0  # of buffers through which gradients and weights pass when they are exchanged
     accumulate_bytes: int = 10  # memory traffic of adding one gradient element into the accumulated one
@@ -30,7 +31,8 @@ class Practice:
     reduces_whole: bool = False  # ZeRO-1 all-reduces whole gradients where a reduce-scatter would do
     overlaps_reduction: bool = True  # the sum over dp runs beside the step's last backward
     overlaps_tensor: bool = False  # exchanges of tensor parallelism run beside products
-    scatters_messages: bool = False  # a stage boundary is crossed by 1/tp of the activations and gathered inside
+    scatters_activations: bool = False  # a stage boundary is crossed by 1/tp of them on each rank, gathered inside
+    scatters_gradients: bool = False  # the same of their gradients
     blocking_messages: int = 0  # of a microbatch's four messages, how many a stage stands still for
     blocking_launches: bool = False  # every kernel is waited for before the next one is started
     embedding_is_a_layer: bool = False  # embedding and logits take a layer's place in the cut into stages

@@ -91,7 +91,7 @@ def _time(plan: Plan) -> list[str]:
     lines += [
         f"  bubble over work of the busiest rank {time.bubble:.1%}; (p-1)/(v m) = {ideal:.1%}",
         f"speed        {numbers['tflops_per_gpu']:.1f} model TFLOP/s a GPU, MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%} "
-        f"of the dense peak {plan.machine.peak_flops(job.train.precision) / 1e12:g} TFLOP/s",
+        f"of the dense peak {plan.rank_peak_flops / 1e12:.4g} TFLOP/s",
         f"             {numbers['tokens_per_s_per_gpu']:,.1f} tokens/s a GPU, "
         f"{numbers['tokens_per_s_per_gpu'] * job.world_size:,.0f} in all",
     ]
@@ -117,7 +117,7 @@ def _run(plan: Plan, efficiency: float | None) -> list[str]:
         f"stalls {format_seconds(kept.stall_s)}",
     ]
     if efficiency:
-        rate = efficiency * plan.machine.peak_flops(job.train.precision)
+        rate = efficiency * plan.rank_peak_flops
         days = flops.train_days(hardware_days * flops.PF_DAY, job.world_size, rate)
         lines.append(f"  at {efficiency:.1%} of the peak, {factor}PT: {days:.1f} days")
     return lines

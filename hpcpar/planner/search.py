@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ def search(job: Job, num_gpus: int, machine: Machine | None = None, practice: Pr
     priced: list[tuple[float, Job]] = []
     for candidate in _candidates(job, num_gpus, chosen, found.refused):
         pricing = Pricing(candidate, chosen, practice)
-        if pricing.least_memory_bytes() > (1 - SPARE) * chosen.chip.usable_bytes:
+        if pricing.least_memory_bytes() > (1 - SPARE) * pricing.machine.chip.usable_bytes:
             found.refused[f"recompute {candidate.layout.recompute}, ZeRO-{candidate.layout.zero}: does not fit with "
                           f"{SPARE:.0%} to spare"] += 1
             continue
@@ -128,8 +128,8 @@ def _schedules(num_layers: int, pp: int, num_microbatches: int, refused: Counter
     return tried + [("interleaved", v) for v in (2, 3, 4, 6, 8) if v * pp <= num_layers and num_layers % (v * pp) == 0]
 
 
-def remedies(plan: Plan, most: int = 3) -> list[str]:
-    """Name the single changes that make a plan fit, cheapest in time first."""
+def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda job: True) -> list[str]:
+    """Name the single changes that need less memory and make a plan fit, cheapest in time first."""
     job, wish, micro = plan.job, plan.job.layout, plan.job.train.microbatch
     dp = required(wish.dp)
     changes: list[tuple[str, dict[str, Any], int]] = [
@@ -145,7 +145,9 @@ def remedies(plan: Plan, most: int = 3) -> list[str]:
             changed = resolve(override(job, layout=layout, train={"microbatch": microbatch}), on_paper=True)
         except UserError:
             continue
-        other = make_plan(changed, plan.machine, plan.pricing.practice, exact=False)
+        if not accept(changed):
+            continue
+        other = make_plan(changed, plan.pricing.whole, plan.pricing.practice, exact=False)
         if other.fits and other.time.total > 0:
             found.append((other.time.total, f"--{text}: {format_bytes(other.spare_bytes)} spare, a step of "
                           f"{format_seconds(other.time.total)}"))

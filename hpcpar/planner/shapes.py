@@ -39,7 +39,7 @@ def ladder_models(name: str) -> dict[str, Model]:
 
 def describe_ladder(name: str, gpu: str) -> str:
     """Tell parameters, memory of the states, and PF-days for 300B tokens, size by size."""
-    peak = load_machine(gpu).peak_tflops.bf16 if gpu != "cpu" else 312.0
+    peak = load_machine(gpu).peak_16_bits / 1e12
     lines = [f"{name}: sequence {GPT3_SEQ}, vocabulary {GPT3_VOCAB:,}, 300B tokens",
              "size    layers hidden heads      parameters   18 bytes each   6PT PF-days   GPU-days at 40% of "
              f"{peak:g} TFLOP/s"]
@@ -63,8 +63,7 @@ def describe_sums(params: float, tokens: float | None, num_gpus: int | None, gpu
     model, hardware = flops.train_flops(params, tokens), flops.train_flops(params, tokens, recompute=True)
     lines += [f"{format_count(tokens)} tokens", f"  6PT {model:.3e} FLOP = {flops.pf_days(model):,.1f} PF-days (model)",
               f"  8PT {hardware:.3e} FLOP = {flops.pf_days(hardware):,.1f} PF-days (recomputed forward counted)"]
-    machine = load_machine(gpu)
-    peak = max(machine.peak_flops("bf16"), machine.peak_flops("fp16"))
+    peak = load_machine(gpu).peak_16_bits
     share = efficiency or 0.4
     for name, work in (("6PT", model), ("8PT", hardware)):
         gpu_days = flops.train_days(work, 1, share * peak)

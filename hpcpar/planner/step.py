@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hpcpar.config.job import Job, required
-from hpcpar.layout.schedule import place_chunks
+from hpcpar.layout.schedule import Schedule, in_flight, place_chunks
+from hpcpar.layout.schedule.table import parse_table
 from hpcpar.layout.stages import split_layers
 from hpcpar.planner.compute import Cut, Seconds, ends_time, layer_time
 from hpcpar.planner.hardware import Machine
@@ -14,7 +15,8 @@ from hpcpar.planner.memory import ELEMENT_BYTES, Memory, stage_memory
 from hpcpar.planner.network import gather_s, message_s, ring
 from hpcpar.planner.params import Counts, rank_counts
 from hpcpar.planner.practice import TRAINER, Practice
-from hpcpar.planner.timeline import held, pipeline_s, steady_step_s
+from hpcpar.planner.sharing import Node, as_rank_sees, shared_length_s
+from hpcpar.planner.timeline import held, length_s, pipeline_s, played_s, steady_step_s
 
 BESIDE = 0.10  # of the time of an exchange that runs beside products: what it takes from their multiprocessors
 TAIL = 0.1  # of the last backward: its gradients come too late for their sum to be hidden
@@ -58,14 +60,17 @@ class Pricing:
     """Prices one resolved job on one machine, as one practice carries it out."""
 
     def __init__(self, job: Job, machine: Machine, practice: Practice = TRAINER):
-        self.job, self.machine, self.practice = job, machine, practice
         wish, train = job.layout, job.train
+        self.node = Node(min(job.world_size, job.machine.gpus_per_node), machine.chip.cores)
+        self.job, self.whole, self.practice = job, machine, practice
+        self.machine = as_rank_sees(machine, self.node)
         self.dp = required(wish.dp)
         self.num_microbatches = train.global_batch // (self.dp * train.microbatch)
         self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.sequence_parallel and wish.tp > 1,
                        train.precision)
         self.dp_ring = ring(machine, self.dp * wish.cp, wish.tp)
-        self.chunk_ranks = place_chunks(wish.schedule, wish.pp, wish.chunks)
+        self.own = parse_table(wish, self.num_microbatches) if wish.schedule == "table" else None  # a user's schedule
+        self.chunk_ranks = self.own.chunk_ranks if self.own else place_chunks(wish.schedule, wish.pp, wish.chunks)
         self.layers = chunk_layers(job.model.layers, self.chunk_ranks, practice)
 
     @cached_property
@@ -110,27 +115,35 @@ class Pricing:
             forward = forward.plus(Seconds(data=_exposed(gather, forward.total)))
             backward = backward.plus(Seconds(data=_exposed(gather + reduce, backward.total)))
         if self.job.layout.pp > 1:
-            waits = Seconds(pipeline=self.practice.blocking_messages / 2 * self.boundary_s)
-            forward, backward = forward.plus(waits), backward.plus(waits)
+            # where cores are shared, a message that nobody waits for is still copied by one of them
+            held_up = 2 if self.node.cores else self.practice.blocking_messages / 2
+            activation_s, gradient_s = self.boundaries_s
+            forward = forward.plus(Seconds(pipeline=held_up * activation_s))
+            backward = backward.plus(Seconds(pipeline=held_up * gradient_s))
         return ChunkTime(forward, backward)
 
     @property
     def _grad_bytes(self) -> int:
         return self.practice.grad_bytes if self.cut.element == 2 else self.cut.element
 
-    @cached_property
+    @property
     def boundary_s(self) -> float:
-        """A message between neighbouring pipeline ranks."""
-        cut, wish = self.cut, self.job.layout
+        """A message between neighbouring pipeline ranks, of either kind."""
+        return sum(self.boundaries_s) / 2
+
+    @cached_property
+    def boundaries_s(self) -> tuple[float, float]:
+        """A message of activations, and one of their gradients, between neighbouring pipeline ranks."""
+        cut, wish, practice = self.cut, self.job.layout, self.practice
         num_bytes = cut.tokens * cut.model.hidden * cut.element
         # neighbours are tp x cp x dp ranks apart
         inside = wish.pp * wish.tp * wish.cp * self.dp <= self.machine.inside.devices
+        whole = message_s(self.machine, num_bytes, inside)
+        part = message_s(self.machine, num_bytes / cut.tp, inside)
         if cut.sequence_parallel:
-            return message_s(self.machine, num_bytes / cut.tp, inside)
-        if self.practice.scatters_messages and cut.tp > 1:
-            return (message_s(self.machine, num_bytes / cut.tp, inside)
-                    + gather_s(self.machine, ring(self.machine, cut.tp, 1), num_bytes))
-        return message_s(self.machine, num_bytes, inside)
+            return part, part
+        part += gather_s(self.machine, ring(self.machine, cut.tp, 1), num_bytes)
+        return part if practice.scatters_activations else whole, part if practice.scatters_gradients else whole
 
     def rank_numel(self, rank: int) -> int:
         """Elements that a rank holds; a tied embedding once, even where the first and the last chunk meet."""
@@ -144,24 +157,41 @@ class Pricing:
         work = [m * sum(both[c] for c in mine) for mine in self.chunks_by_rank]
         busiest = max(range(wish.pp), key=work.__getitem__)
         length = self._quick_pipeline_s(work) if quick else self._pipeline_s()
+        # cores that are shared do the work of all ranks: its mean counts, not the busiest's
+        counted = range(len(chunks)) if self.node.cores else self.chunks_by_rank[busiest]
+        times = m * self.node.crowd / (wish.pp if self.node.cores else 1)
         kinds = Seconds()
-        for c in self.chunks_by_rank[busiest]:
-            kinds = kinds.plus(chunks[c].forward, m).plus(chunks[c].backward, m)
+        for c in counted:
+            kinds = kinds.plus(chunks[c].forward, times).plus(chunks[c].backward, times)
         exposed, hidden, gathered = self._data_s(busiest)
         parts = dict(kinds._asdict())
-        parts["data"] += exposed + gathered
-        parts |= {"bubble": length - work[busiest], "tied": self._tied_s(), "optimizer": self._update_s(busiest)}
-        return StepTime(sum(parts.values()), parts["bubble"] / work[busiest], parts, {"data": hidden})
+        parts["data"] += (exposed + gathered) * self.node.crowd
+        parts |= {"bubble": length - kinds.total, "tied": self._tied_s(),
+                  "optimizer": self._update_s(busiest) * self.node.crowd}
+        return StepTime(sum(parts.values()), parts["bubble"] / kinds.total, parts, {"data": hidden})
 
     def _pipeline_s(self) -> float:
         wish = self.job.layout
-        return pipeline_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks,
-                          [c.forward.total for c in self.chunks], [c.backward.total for c in self.chunks],
-                          self.boundary_s if wish.pp > 1 else 0.0)
+        forward, backward = [c.forward.total for c in self.chunks], [c.backward.total for c in self.chunks]
+        message_s = self.boundary_s if wish.pp > 1 else 0.0
+
+        def play_all(schedule: Schedule) -> float:
+            if self.node.cores:
+                return shared_length_s(schedule, forward, backward, wish.tp * wish.cp * self.dp, self.node)
+            return length_s(schedule, forward, backward, message_s)
+
+        if self.own:
+            return play_all(self.own)
+        if self.node.cores:
+            return played_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks, play_all)
+        return pipeline_s(wish.schedule, wish.pp, self.num_microbatches, wish.chunks, forward, backward, message_s)
 
     def _quick_pipeline_s(self, work: list[float]) -> float:
         """The length within a few per cent, for comparing thousands of layouts."""
         wish, m = self.job.layout, self.num_microbatches
+        if self.node.cores:  # the cores' work, or the longest way through the pipeline
+            way = sum(work) / wish.pp * (m + wish.pp - 1) / m
+            return max(self.node.crowd * sum(work) / wish.pp, way)
         if wish.pp == 1:
             return work[0]
         if wish.chunks == 1 and wish.schedule in ("1f1b", "gpipe"):
@@ -185,7 +215,7 @@ class Pricing:
         if wish.zero == 2:  # a rank keeps only its shard between microbatches, so that each of them is reduced
             reduce *= self.num_microbatches
         hidden = 0.0
-        if self.practice.overlaps_reduction:
+        if self.practice.overlaps_reduction and not self.node.cores:
             backward = sum(self.chunks[c].backward.total for c in self.chunks_by_rank[rank])
             hidden = min(reduce, (1 - TAIL) * backward * (self.num_microbatches if wish.zero == 2 else 1))
         return reduce - hidden + BESIDE * hidden, hidden, gather if wish.zero else 0.0
@@ -209,8 +239,9 @@ class Pricing:
     def rank_memory(self, rank: int, numel: int | None = None) -> Memory:
         """Return a pipeline rank's memory."""
         wish, mine, last = self.job.layout, self.chunks_by_rank[rank], len(self.layers) - 1
-        flying = held(wish.schedule, wish.pp, self.num_microbatches, wish.chunks)
-        return stage_memory(self.job, sum(self.layers[c] for c in mine), numel or self.rank_numel(rank), flying[rank],
+        flying = in_flight(self.own.orders[rank]) / wish.chunks if self.own else held(
+            wish.schedule, wish.pp, self.num_microbatches, wish.chunks)[rank]
+        return stage_memory(self.job, sum(self.layers[c] for c in mine), numel or self.rank_numel(rank), flying,
                             0 in mine, last in mine, self.practice)
 
     def least_memory_bytes(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from hpcpar.errors import HpcparError
@@ -30,7 +30,7 @@ def length_s(schedule: Schedule, forward_s: Sequence[float], backward_s: Sequenc
     num, last, home = schedule.num_microbatches, schedule.num_chunks - 1, schedule.chunk_ranks
     forward = [-1.0] * (num * (last + 1))  # when chunk x microbatch has ended; -1: not yet
     backward = [-1.0] * (num * (last + 1))
-    orders = _numbered(schedule)
+    orders = numbered(schedule)
     clock, position = [0.0] * len(orders), [0] * len(orders)
     travel = [0.0] + [message_s if home[c] != home[c - 1] else 0.0 for c in range(1, last + 1)]  # from chunk c - 1 to c
     weight = 1 - INPUT_SHARE
@@ -64,7 +64,7 @@ def length_s(schedule: Schedule, forward_s: Sequence[float], backward_s: Sequenc
     return max(clock)
 
 
-def _numbered(schedule: Schedule) -> list[list[tuple[int, int, int]]]:
+def numbered(schedule: Schedule) -> list[list[tuple[int, int, int]]]:
     """Turn actions into (0 F, 1 B, 2 I, 3 W; chunk; chunk x microbatch)."""
     num = schedule.num_microbatches
     codes = {kind.value: code for code, kind in enumerate(
@@ -93,15 +93,22 @@ def steady_step_s(forward_s: Sequence[float], backward_s: Sequence[float], num_m
 
 def pipeline_s(name: str, num_ranks: int, num_microbatches: int, num_chunks: int, forward_s: Sequence[float],
                backward_s: Sequence[float], message_s: float) -> float:
-    """Return the length of a step's forwards and backwards; times are a chunk's, in the network's order.
+    """Return the length of a step's forwards and backwards; times are a chunk's, in the network's order."""
+    if num_ranks == 1 and num_chunks == 1:
+        return num_microbatches * (sum(forward_s) + sum(backward_s))
+    return played_s(name, num_ranks, num_microbatches, num_chunks,
+                    lambda schedule: length_s(schedule, forward_s, backward_s, message_s))
+
+
+def played_s(name: str, num_ranks: int, num_microbatches: int, num_chunks: int,
+             play_all: Callable[[Schedule], float]) -> float:
+    """Return how long `play_all` takes for a schedule of so many microbatches.
 
     A long step is played at two shorter lengths, whose difference repeats. Cost: O(ranks^2) actions.
     """
-    if num_ranks == 1 and num_chunks == 1:
-        return num_microbatches * (sum(forward_s) + sum(backward_s))
 
     def length(rounds: int) -> float:
-        return length_s(schedule_of(name, num_ranks, rounds, num_chunks), forward_s, backward_s, message_s)
+        return play_all(schedule_of(name, num_ranks, rounds, num_chunks))
 
     short = ROUNDS * num_ranks
     if num_microbatches <= short + num_ranks:

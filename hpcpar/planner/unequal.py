@@ -58,7 +58,7 @@ def share_out(job: Job, kinds: tuple[tuple[str, int], tuple[str, int]]) -> Share
         batch = num * replicas[index] * job.train.microbatch
         mine = override(job, layout={"dp": replicas[index]}, train={"global_batch": batch})
         pricing = Pricing(mine, machines[index])
-        return Share(machines[index], replicas[index], num, pricing.step(quick=True).total,
+        return Share(pricing.machine, replicas[index], num, pricing.step(quick=True).total,
                      max(m.total for m in pricing.memory()))
 
     best, even = None, None

@@ -1,6 +1,7 @@
 """What a batch script calls on its first node, before and after srun: slurm/train.sbatch and `hpcpar submit` alike.
 
     python -m hpcpar.submit.batch start RUN [FOLDER OF PICKLES]    prints lines for the shell to eval
+    python -m hpcpar.submit.batch judge RUN CODE [WORDS]          the same, after the prologue on every node
     python -m hpcpar.submit.batch end RUN CODE [WORDS OF THE SCRIPT]
 
 `end` decides what comes next: nothing (done, failed for good, ended by a person), a requeue, or, where Slurm refuses
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +22,16 @@ from hpcpar.config.job import Job
 from hpcpar.config.load import load_job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import HpcparError, UserError
+from hpcpar.planner.hardware import load_machine
 from hpcpar.submit import ask
+from hpcpar.submit.health import LIMIT_S, Wanted, judge, read_reports
 from hpcpar.submit.requeue import follow_up, requeue
 from hpcpar.submit.spec import fewest_nodes, for_fewer_nodes
 from hpcpar.submit.starts import Starts, check_private
 
 WANTS_TO_GO_ON = 75  # exit code: stopped cleanly and saved, before all steps were done
 ON_PURPOSE = ("RunError", "UserError", "CheckpointError")  # the run ended itself: another start would do the same
+TOLD_TO_STOP = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))  # as srun tells it
 BROKEN_GPU = ("CUDA error", "uncorrectable", "ECC", "NVLink", "Xid")
 
 
@@ -44,6 +49,9 @@ class Batch:
         folder.create()
         folder.submission.mkdir(mode=0o700, exist_ok=True)
         check_private(folder.path, folder.submission, *([pickles] if pickles else []))
+        self.starts.nodes.mkdir(exist_ok=True)
+        for report in self.starts.nodes.glob("*.json"):
+            report.unlink()  # an earlier start's
         self.starts.go_on.unlink(missing_ok=True)
         earlier = self.starts.lines()[-1:]
         if earlier and "nodes" in earlier[0]:  # without an end: Slurm ended it
@@ -56,6 +64,39 @@ class Batch:
         self.starts.note(job=self.job_id, restart=int(self.environment.get("SLURM_RESTART_COUNT", 0)),
                          nodes=self.nodes)
         return lines
+
+    def judge(self, code: int, words: Sequence[str]) -> str:
+        """Read what the prologue has left; go on without the bad nodes where that can be; return shell lines.
+
+        `code` is that of the prologue's srun, `words` those of the script.
+        """
+        if code in TOLD_TO_STOP:
+            self.starts.go_on.touch()
+            self.end(0, words)
+            return "exit 0"
+        folder, nodes = self.starts.nodes, self.nodes[:int(self.environment.get("SLURM_JOB_NUM_NODES", 1 << 30))]
+        found = judge(read_reports(folder, nodes), self._wanted())
+        for line in found.lines:
+            self._say(f"prologue: {line}")
+        if not found.bad:
+            return ""
+        self._remember(found.bad)
+        if self._can_exclude([*self.starts.bad_nodes()]) and self._requeue():
+            self.starts.note(job=self.job_id, unfit=sorted(found.bad))
+            self._say(f"requeued without {', '.join(found.bad)}")
+            return "exit 0"
+        self._say(f"goes on with {', '.join(found.bad)}")
+        return ""
+
+    def _wanted(self) -> Wanted:
+        """Return what the job as submitted expects of a node; on CPUs, and in train.sbatch, they are only compared."""
+        machine = self._job().machine
+        if machine.gpu == "cpu" or self.environment.get("HPCPAR_CPU") == "1":
+            return Wanted()
+        try:
+            return Wanted(machine.gpus_per_node, load_machine(machine.gpu))
+        except UserError:  # a GPU that the planner does not know
+            return Wanted(machine.gpus_per_node)
 
     def end(self, code: int, words: Sequence[str]) -> int:
         """Decide what comes after srun's exit code; return the job's."""
@@ -151,12 +192,15 @@ class Batch:
 
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Do `start` or `end` of a batch script."""
+    """Do `start`, `judge` or `end` of a batch script."""
     what, run, *rest = words
     try:
         batch = Batch(Path(run), environment)
         if what == "end":
             return batch.end(int(rest[0]), rest[1:])
+        if what == "judge":
+            print(batch.judge(int(rest[0]), rest[1:]))
+            return 0
         print(batch.start(Path(rest[0]) if rest else None))
         return 0
     except HpcparError as error:
@@ -165,12 +209,23 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def before_srun(python: str, run: str, pickles: str) -> list[str]:
-    """Return the lines that a script made by `hpcpar submit` has before srun; `run` is in the shell's words."""
+    """Return the lines that a script made by `hpcpar submit` has before all else; `run` is in the shell's words."""
     return [
         "trap : TERM USR1 USR2  # the ranks save and stop; this shell waits for them",
         f"run={run}",
         f"export HPCPAR_PICKLES={shlex.quote(pickles)}",
         f'lines=$({python} -m hpcpar.submit.batch start "$run" "$HPCPAR_PICKLES") || exit',
+        'eval "$lines"',
+    ]
+
+
+def prologue(python: str, on_node: str, mpi: str) -> list[str]:
+    """Return the lines that look at every node before srun starts the ranks; `on_node` starts Python there."""
+    return [
+        # overlap: a step that cannot be killed must not keep its cores and GPUs from the ranks
+        f'timeout --kill-after=5 {LIMIT_S} srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 '
+        f'--cpus-per-task=1 --mpi={mpi} {on_node} -m hpcpar.probe "$run/submit/nodes"',
+        f'lines=$({python} -m hpcpar.submit.batch judge "$run" $?) || exit',
         'eval "$lines"',
     ]
 

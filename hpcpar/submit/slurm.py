@@ -20,7 +20,7 @@ from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
 from hpcpar.submit import ask
-from hpcpar.submit.batch import after_srun, before_srun
+from hpcpar.submit.batch import after_srun, before_srun, prologue
 from hpcpar.submit.environment import LAUNCHER_PREFIXES, clean
 from hpcpar.submit.preflight import check
 from hpcpar.submit.snapshot import Snapshot, take_snapshot
@@ -186,7 +186,8 @@ def slurm_parameters(spec: SubmitSpec, code: Snapshot, staged: Staged, listed: P
         "stderr_to_stdout": True, "srun_args": list(spec.srun_args),
         "additional_parameters": {"requeue": True, **nodes},
         # after the user's modules, which may set PYTHONPATH themselves
-        "setup": [*spec.setup, *_exports(code), *before_srun(python, run, str(listed.parent)), *staged.lines],
+        "setup": [*spec.setup, *_exports(code), *before_srun(python, run, str(listed.parent)), *staged.lines,
+                  *prologue(python, staged.python, spec.mpi)],
         "teardown": after_srun(python),
         **{name: value for name, value in asked.items() if value},
     }

@@ -8,6 +8,7 @@ from hpcpar.config.job import Job, required
 from hpcpar.config.load import override
 from hpcpar.config.resolve import resolve
 from hpcpar.errors import UserError
+from hpcpar.planner.hardware import is_cpu
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class SubmitSpec:
     gres: str
     exclude: tuple[str, ...]
     setup: tuple[str, ...]
+    mpi: str
     srun_args: tuple[str, ...]
     min_nodes: int  # fewer than `nodes` where the job is elastic
 
@@ -102,7 +104,7 @@ def submit_spec(job: Job, name: str) -> SubmitSpec:
         name=name,
         nodes=job.machine.nodes,
         tasks_per_node=job.machine.gpus_per_node,
-        gpus_per_node=0 if job.machine.gpu == "cpu" else job.machine.gpus_per_node,
+        gpus_per_node=0 if is_cpu(job.machine.gpu) else job.machine.gpus_per_node,
         cpus_per_task=wish.cpus_per_task,
         walltime_min=wish.walltime_min,
         # a tenth of the time, 1 to 10 minutes: for one step, one save, and the scheduler's lateness (up to a minute)
@@ -113,6 +115,7 @@ def submit_spec(job: Job, name: str) -> SubmitSpec:
         gres=wish.gres,
         exclude=wish.exclude,
         setup=wish.setup,
+        mpi=wish.mpi,
         srun_args=srun_args(job),
         min_nodes=fewest_nodes(job) if wish.elastic else job.machine.nodes,
     )
@@ -127,5 +130,5 @@ def srun_args(job: Job) -> tuple[str, ...]:
         f"--cpus-per-task={job.submit.cpus_per_task}",  # not taken over from sbatch since Slurm 22.05
         # All GPUs of the node stay visible and a rank takes the one of its local rank: bound one by one (by cgroups),
         # NCCL could not use NVLink between them
-        *(() if job.machine.gpu == "cpu" else ("--gpu-bind=none",)),
+        *(() if is_cpu(job.machine.gpu) else ("--gpu-bind=none",)),
     )

@@ -3,6 +3,7 @@
     RUN/submit/job.toml       the resolved job as submitted (config.toml is what runs; elastic runs change dp)
     RUN/submit/starts.jsonl   a line a start and a line an end: time, job, nodes, newest published step, how it ended
     RUN/submit/bad-nodes      a line a node: its name, a blank, why; delete a line to allow that node again
+    RUN/submit/nodes/         what the prologue has measured on every node, a JSON each
     RUN/submit/go-on          made by rank 0: stopped cleanly and saved, but there is more to do
 """
 
@@ -35,6 +36,11 @@ class Starts:
         """Made by rank 0 where there is more to do."""
         return self.folder.submission / "go-on"
 
+    @property
+    def nodes(self) -> Path:
+        """What the prologue has found, a file a node."""
+        return self.folder.submission / "nodes"
+
     def lines(self) -> list[dict[str, Any]]:
         """Return all starts and ends, oldest first; a line cut off by a dying node is left out."""
         found = []
@@ -53,7 +59,12 @@ class Starts:
 
     def fruitless(self) -> int:
         """Return how many starts, the last ones in a row, found the same newest step that is there now."""
-        steps = [line["step"] for line in self.lines() if "nodes" in line]
+        steps: list[int | None] = []
+        for line in self.lines():
+            if "nodes" in line:
+                steps.append(line["step"])
+            elif "unfit" in line and steps:
+                steps.pop()  # its nodes were refused before the ranks started
         newest = self.newest_step()
         return next((n for n, step in enumerate(reversed(steps)) if step != newest), len(steps))
 

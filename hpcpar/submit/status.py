@@ -9,22 +9,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 from typing import Any
 
 from hpcpar.config.job import Job
 from hpcpar.config.load import load_job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
-from hpcpar.layout.parameters import parameter_table
+from hpcpar.planner.flops import model_flops
+from hpcpar.planner.hardware import is_cpu, load_machine
 from hpcpar.units import format_count, format_seconds
 
 QUIET_S = 60.0
 """How long a run may give no sign, at least, before it is taken for dead."""
 _RECENT = 20  # steps that speeds are taken from
-PEAK_TFLOPS = MappingProxyType({"v100-32g": 125.0, "a100-40g": 312.0, "a100-80g": 312.0, "h100-80g": 989.0,
-                                "h200": 989.0, "b200": 2250.0})
-"""Dense 16-bit peaks (datasheets, without sparsity); a GPU that is not here has no MFU."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +87,19 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
 
 
 def model_flops_utilization(job: Job, tokens_per_s: float | None, ranks: int) -> float | None:
-    """Return the share of the dense peak that the model's FLOPs make, or None for a GPU or precision without a peak.
+    """Return the share of the dense peak that the model's FLOPs make, by the planner's count and its machines.
 
-    FLOPs a token: 6 for each weight of a matrix (a tied embedding once, a look-up none), 12 x layers x hidden x seq for
-    attention, nothing for what is recomputed. Source: Narayanan et al. 2021, arXiv 2104.04473, appendix.
+    None where there is no peak to speak of: in 32 or 64 bits, on a CPU, on a machine that the planner does not know.
     """
-    peak = PEAK_TFLOPS.get(job.machine.gpu)
-    if peak is None or not ranks or tokens_per_s is None or job.train.precision not in ("bf16", "fp16"):
+    gpu, precision = job.machine.gpu, job.train.precision
+    if not ranks or tokens_per_s is None or precision not in ("bf16", "fp16") or is_cpu(gpu):
         return None
-    model = job.model
-    looked_up = {"embedding.position.weight"} | (set() if model.tied else {"embedding.token.weight"})
-    weights = sum(p.numel for p in parameter_table(model) if len(p.shape) == 2 and p.name not in looked_up)
-    flops = 6 * weights + 12 * model.layers * model.hidden * model.seq
-    return tokens_per_s * flops / (ranks * peak * 1e12)
+    try:
+        peak = load_machine(gpu).peak_flops(precision)
+    except UserError:
+        return None
+    flops = model_flops(job.model, 1) / job.model.seq  # a token
+    return tokens_per_s * flops / (ranks * peak)
 
 
 def _state(folder: RunFolder, journal: list[dict[str, Any]], quiet_s: float | None, limit_s: float) -> tuple[str, str]:
@@ -172,7 +169,7 @@ def rows(status: RunStatus) -> list[tuple[str, str]]:
 def _mfu_row(mfu: float) -> str:
     if mfu > 1:
         return f"{mfu:.0%}: ERROR, more than the peak: machine.gpu names a slower GPU than the run has"
-    return f"{mfu:.1%} of the dense 16-bit peak (model FLOPs, recomputation not counted)"
+    return f"{mfu:.1%} of the dense peak (model FLOPs, recomputation not counted)"
 
 
 def describe(status: RunStatus) -> str:

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hpcpar.checkpoint.format import read_manifest
 from hpcpar.checkpoint.load import load_together
+from hpcpar.checkpoint.memory import Memory, disown, open_memory, recall
 from hpcpar.checkpoint.verify import latest_set, read_state
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.control import Control
@@ -26,13 +28,14 @@ from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.data.sampler import SampleOrder
-from hpcpar.errors import RunError
+from hpcpar.errors import RunError, UserError
 from hpcpar.layout.layout import Layout
 from hpcpar.parallel.build import build, initialise
 from hpcpar.parallel.pipeline import Microbatch
 from hpcpar.parallel.replicas import find_drift
 from hpcpar.parallel.zero import ShardedOptimizer
-from hpcpar.train.metrics import Metrics
+from hpcpar.train.foretold import Foretold, foretell
+from hpcpar.train.metrics import Metrics, peak_memory
 from hpcpar.train.resume import check_same, or_offer, saved_progress
 from hpcpar.train.rewind import leave_out
 from hpcpar.train.saving import Saves
@@ -68,6 +71,8 @@ class Run:
     progress: Progress
     metrics: Metrics | None  # on rank 0
     saves: Saves
+    memory_before: int = 0  # bytes that the process had held before the run's first tensor
+    foretold: Foretold | None = None  # on rank 0, where the planner knows the machine
     waited_s: Callable[[], float] = lambda: 0.0  # seconds that this rank has waited for others so far
 
     def say(self, text: str) -> None:
@@ -83,15 +88,16 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
 
     Raises UserError where the set belongs to another model or other data.
     """
-    layout = Layout(job)
-    found = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
+    layout, memory_before = Layout(job), peak_memory(world.device)
+    said: list[str] = []
+    on_disk, found, memory = _find(layout, world, folder, said)
     state = read_state(found) if found else None
-    if state is not None:
+    if found and state is not None:
         check_same(state, job, order, found)
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device, note)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if job.train.precision == "fp16" else 1.0)
-    if state is None:
+    if found is None or state is None:
         initialise(optimizer, job.train.seed)
     else:
         progress = saved_progress(state, job, progress)
@@ -104,11 +110,46 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         metrics = Metrics(folder, job, progress, world.device, live)
         metrics.journal("start", step=progress.step, ranks=world.size, host=world.host, pid=os.getpid())
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
-    saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, progress.step if found else -1, metrics)
-    run = Run(job, world, folder, order, trainee, progress, metrics, saves)
-    run.say(f"{'resumed ' + found.name if found else 'new run'} in {folder.path}: tp {layout.mesh.tp_size} x pp "
+    saved_step = progress.step if found and found == on_disk else -1
+    saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, saved_step, metrics, memory)
+    run = Run(job, world, folder, order, trainee, progress, metrics, saves, memory_before)
+    for text in said:
+        run.say(text)
+    whence = f"resumed {found.name}{' from memory' if found != on_disk else ''}" if found else "new run"
+    run.say(f"{whence} in {folder.path}: tp {layout.mesh.tp_size} x pp "
             f"{layout.mesh.pp_size} x dp {layout.mesh.dp_size} on {world.device.type}")
+    _foretell(run)
     return run
+
+
+def _find(layout: Layout, world: World, folder: RunFolder,
+          said: list[str]) -> tuple[Path | None, Path | None, Memory | None]:
+    """Return the newest set on disk, the newest of all, and where copies are kept in memory if that is wished.
+
+    If it is not, what there is counts no more. `said` takes what the user should know. Every rank must call.
+    """
+    on_disk = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
+    if layout.job.checkpoint.asynchronous != "neighbour":
+        if world.rank == 0:
+            disown(folder.checkpoints)
+        return on_disk, on_disk, None
+    memory = open_memory(folder.checkpoints, world.control, world.host)
+    if on_disk is None:
+        return None, None, memory
+    found = recall(memory, layout, world.control, read_manifest(on_disk).step, said.append)
+    return on_disk, found or on_disk, memory
+
+
+def _foretell(run: Run) -> None:
+    """Have rank 0 say what the planner expects of this job. Every rank must call."""
+    hosts = run.world.control.all_gather(run.world.host)
+    if run.metrics is None:
+        return
+    try:
+        run.foretold = foretell(run.job, hosts.count(run.world.host))
+        run.say(str(run.foretold))
+    except UserError as error:  # of the planner's table of machines, which training does not need
+        run.say(f"not foretold: {error}")
 
 
 def fill(optimizer: ShardedOptimizer, found: Path, control: Control) -> None:
@@ -267,8 +308,10 @@ def _write_timeline(run: Run, result: StepResult) -> None:
 
 def _finish(run: Run, done: bool) -> None:
     """Say how it ended and what comes next."""
-    run.world.control.barrier()
+    memory = run.world.control.all_gather(peak_memory(run.world.device) - run.memory_before)
     path = run.folder.path
+    if run.metrics is not None and run.foretold is not None and run.metrics.recent_s:
+        run.say(run.foretold.beside(run.metrics.recent_s, memory))
     run.say(f"done: {run.progress.step} steps; next: hpcpar generate {path}, or hpcpar show {path} --plot" if done else
             f"stopped cleanly at step {run.progress.step}; the same command goes on from there")
     if run.metrics is not None:

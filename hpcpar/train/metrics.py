@@ -6,11 +6,11 @@ import json
 import resource
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from hpcpar.config.job import Job
 from hpcpar.config.run_folder import RunFolder
@@ -19,6 +19,7 @@ from hpcpar.train.step import StepResult
 from hpcpar.units import format_bytes, format_seconds
 
 QUIET_S = 5.0  # seconds between lines where nobody watches
+WARM_STEPS = 2  # of a start, that take longer: memory is first touched, kernels are chosen
 
 
 def peak_memory(device: torch.device) -> int:
@@ -50,10 +51,14 @@ class Metrics:
         kept = [line for line in read_metrics(run.metrics) if line["step"] <= progress.step]
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = run.metrics.open("a", buffering=1)
+        from torch.utils.tensorboard import SummaryWriter  # here: only rank 0 needs it, and its import takes long
+
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=progress.step + 1)
         self._num_failed = 0
         self._shown = 0.0
         self._rate = 0.0  # running mean of seconds a token
+        self._num_steps = 0  # since this start
+        self.recent_s: deque[float] = deque(maxlen=100)  # of warm steps that took the whole batch
 
     def journal(self, event: str, **what: Any) -> None:
         """Add a line to the journal: a start, or how it ended."""
@@ -77,6 +82,9 @@ class Metrics:
         self._write(line)
         for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
             self._board.add_scalar(name, line[name], progress.step)
+        self._num_steps += 1
+        if self._num_steps > WARM_STEPS and len(result.samples) == self._job.train.global_batch:
+            self.recent_s.append(step_s)
         self._rate = step_s / tokens if not self._rate else 0.9 * self._rate + 0.1 * step_s / tokens
         self._show(progress, line)
 

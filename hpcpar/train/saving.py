@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from hpcpar.checkpoint.background import BackgroundSaver
+from hpcpar.checkpoint.memory import Memory, check_room, forget
 from hpcpar.checkpoint.save import Published, Saving, save_now
 from hpcpar.checkpoint.store import hdf5_plugin
+from hpcpar.checkpoint.writer import staged
 from hpcpar.comm.bootstrap import World
 from hpcpar.errors import CheckpointError
 from hpcpar.train.metrics import Metrics
@@ -26,10 +28,13 @@ class Saves:
     """A run's saves. Every rank must call each method, but for `writing`, after the same step."""
 
     def __init__(self, trainee: Trainee, world: World, checkpoints: Path, data: str, saved_step: int,
-                 metrics: Metrics | None):
-        """Spawn the writer, where one is wanted. `data` is the fingerprint of the text; only rank 0 has `metrics`."""
+                 metrics: Metrics | None, memory: Memory | None = None):
+        """Spawn the writer, where one is wanted. `data` is the fingerprint of the text; only rank 0 has `metrics`.
+
+        Copies are kept in `memory`, where there is one.
+        """
         self._job, self._trainee, self._world = trainee.layout.job, trainee, world
-        self._data, self._metrics = data, metrics
+        self._data, self._metrics, self._memory = data, metrics, memory
         self.saved_step = saved_step
         wish = self._job.checkpoint
         self._saving = Saving(checkpoints, trainee.layout, wish.ranks_per_file, wish.keep, wish.keep_every,
@@ -44,7 +49,9 @@ class Saves:
         if wish.asynchronous and wish.every:
             kinds = {kind: str(shards[0].dtype).removeprefix("torch.")
                      for kind, shards in trainee.optimizer.shards().items()}
-            self._background = BackgroundSaver(self._saving, world.control, kinds)
+            if memory is not None:
+                check_room(memory, world.control, staged(None, trainee.layout, world.rank, kinds)[0])
+            self._background = BackgroundSaver(self._saving, world.control, kinds, memory, self._say)
         # of the save in hand: its step, when it was due, how long the loop has stood still for it, how long it took
         self._step, self._due_at, self._stall_s, self._save_s = -1, 0.0, 0.0, 0.0
 
@@ -95,6 +102,8 @@ class Saves:
             self._tell(self._save_now(progress))
         if self._background is not None:
             self._background.close()
+        if self._memory is not None:
+            forget(self._memory)
 
     @property
     def _in_hand(self) -> bool:

@@ -14,6 +14,7 @@ REPORT_EVERY = 5
 _REPORTS, _ENOUGH = 10, 8  # kept; needed before anyone is named: 40 steps
 _LEAST = 0.06  # how much slower than its peers a rank must be
 _SIGMAS = 5.0
+_HICCUP_S = 0.005 * REPORT_EVERY  # a difference below 5 ms a step is bookkeeping (rank 0 writes metrics), not a host's
 _AGAIN = 100  # reports before a rank is named again
 
 
@@ -43,7 +44,7 @@ class Stragglers:
             return []  # compiling and first touches of memory
         # the lower of two middles: of four peers, a slow one and a hiccup would drag the mean of both
         middles = {peers: max(median_low(own_s[rank] for rank in peers), 1e-9) for peers in self._peers}
-        self._ratios.append([own_s[rank] / middles[peers] for peers in self._peers for rank in peers])
+        self._ratios.append([_ratio(own_s[rank], middles[peers]) for peers in self._peers for rank in peers])
         if len(self._ratios) < _ENOUGH:
             return []
         # the median over reports: one hiccup, however long, says nothing
@@ -58,3 +59,8 @@ class Stragglers:
         spread = 1.4826 * median(abs(usual[rank] - middle) for rank in peers)
         limit = middle + max(_LEAST, _SIGMAS * spread)
         return [Slow(rank, usual[rank] / middle) for rank in peers if usual[rank] > limit]
+
+
+def _ratio(own_s: float, middle_s: float) -> float:
+    ratio = own_s / middle_s
+    return min(ratio, 1.0) if own_s - middle_s < _HICCUP_S else ratio

@@ -37,7 +37,7 @@ FAULTS = ("kill", "stop", "raise", "exit", "disk", "slow", "corrupt", "nan")
 STEPS_A_START = 12
 LIMIT_S = 90.0  # of a start: 8 ranks on few cores
 SLOW_STEPS = 50
-STEP_LIMIT_S = 8.0
+STEP_LIMIT_S = 4.0
 VERDICTS = {"kill": "Died", "stop": "Stopped", "raise": "Broken", "exit": "Died"}
 
 

@@ -76,6 +76,14 @@ class Threads(Control):
     def barrier(self) -> None:
         self._gate.wait(30)
 
+    def exchange(self, outgoing: Any, incoming: Any) -> None:
+        sent = self.all_gather(outgoing)
+        for source in {rank for rank, _ in incoming}:
+            mine = [raw for target, raw in sent[source] if target == self.rank]
+            for raw, (_, into) in zip(mine, [pair for pair in incoming if pair[0] == source], strict=True):
+                into[:] = raw
+        self.barrier()
+
 
 def on_ranks(size: int, work: Callable[[Control], Any]) -> list[Any]:
     """Run `work` on every rank; return each one's result, or the exception it raised."""

@@ -122,8 +122,11 @@ def test_a_failed_rank_fails_all_with_one_message(tmp_path: Path, monkeypatch: p
                                          "space left on device; older sets are untouched"}
     assert [p.name for p in tmp_path.iterdir()] == [good.name] and verify_set(good)
     monkeypatch.undo()
-    monkeypatch.setattr(publish_module, "write_index", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O")))
+    monkeypatch.setattr(save_module, "write_index", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O")))
     assert all("rank 0: OSError: [Errno 5]" in str(r) for r in try_save(tmp_path, 2, layout))
+    monkeypatch.undo()
+    monkeypatch.setattr(publish_module, "write_bytes", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
+    assert all("rank 0: OSError: [Errno 28]" in str(r) for r in try_save(tmp_path, 2, layout))
     monkeypatch.undo()
     assert latest_set(tmp_path) == good and save(tmp_path, 2, layout) == latest_set(tmp_path)
 

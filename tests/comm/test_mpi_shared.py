@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpcpar.comm import mpi_lanes
+from hpcpar.comm import mpi_memory
 from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat, zeros_of
 
 pytestmark = pytest.mark.mpi
@@ -33,7 +33,7 @@ def any_group(world: SimpleNamespace, request: pytest.FixtureRequest,
               monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
     """All ranks, once in a host's memory and once where that is full, so that MPI carries everything."""
     if request.param == "no room":
-        monkeypatch.setattr(mpi_lanes, "_FOLDER", Path("/nowhere"))
+        monkeypatch.setattr(mpi_memory, "_FOLDER", Path("/nowhere"))
     made = dist.new_group(use_local_synchronization=True)
     yield made
     dist.destroy_process_group(made)

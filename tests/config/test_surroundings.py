@@ -45,4 +45,5 @@ def test_flags_are_on_only_when_they_say_1(value: str, on: bool) -> None:
 def test_the_process_environment_itself_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**HYDRA, **SRUN, "HPCPAR_LIVE": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert Surroundings.read({}) == Surroundings(host=Surroundings.read({}).host)
+    host = Surroundings.read({}).host
+    assert Surroundings.read({}) == Surroundings(host=host, node=host)

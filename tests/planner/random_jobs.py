@@ -12,13 +12,14 @@ import time
 from collections import Counter
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as some
 
 from hpcpar.config.load import job_from_tables
 from hpcpar.config.resolve import resolve
 from hpcpar.errors import UserError
 from hpcpar.layout.layout import Layout
+from hpcpar.layout.schedule import Kind
 from hpcpar.planner.plan import make_plan
 
 FEW = some.sampled_from([1, 1, 1, 2, 2, 3, 4, 6, 8])
@@ -42,6 +43,7 @@ TABLES = some.fixed_dictionaries({
     "machine": some.fixed_dictionaries({"gpu": some.sampled_from(["cpu", "a100-80g", "h100-80g", "a100"]),
                                         "nodes": some.integers(1, 8)}),
 })
+LOT = 500  # jobs of a campaign: hypothesis keeps all that it has tried
 SLOW = 1.0  # seconds to a refusal at most, by the processor's clock
 
 
@@ -63,6 +65,10 @@ def check(tables: dict[str, Any]) -> str:
     held = sorted(layer for layers in layout.stages for layer in layers)
     assert held == list(range(job.model.layers))
     assert all(layers for layers in layout.stages)
+    programs = [layout.program(rank, layout.num_microbatches) for rank in range(job.layout.pp)]
+    forwards = sum(action.kind is Kind.FORWARD for program in programs for action in program)
+    assert forwards == layout.num_microbatches * job.layout.pp * job.layout.chunks
+    assert all(layout.buckets(rank, job.layout.tp - 1) for rank in range(job.layout.pp))
     assert math.isfinite(plan.time.total)
     assert plan.time.total > 0
     assert 0 < plan.mfu <= 1.0
@@ -70,12 +76,13 @@ def check(tables: dict[str, Any]) -> str:
     return "built"
 
 
-def campaign(num_jobs: int) -> Counter[str]:
-    """Check that many random jobs; count what became of them."""
+def campaign(num_jobs: int, number: int = 0) -> Counter[str]:
+    """Check that many random jobs, others for each number of a campaign; count what became of them."""
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=num_jobs, deadline=None, database=None, derandomize=True,
-              phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck))
+    @seed(number)
+    @settings(max_examples=num_jobs, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
+              suppress_health_check=list(HealthCheck))
     @given(TABLES)
     def one(tables: dict[str, Any]) -> None:
         seen[check(tables)] += 1
@@ -84,6 +91,17 @@ def campaign(num_jobs: int) -> Counter[str]:
     return seen
 
 
+def main() -> None:
+    """Run campaigns of LOT jobs, and print what became of all of them as a table."""
+    total, start = int(sys.argv[1]), time.monotonic()
+    seen: Counter[str] = Counter()
+    for number in range(-(-total // LOT)):
+        seen += campaign(min(LOT, total - number * LOT), number)
+        print(f"{seen.total():,} jobs, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"| {seen.total():,} random jobs | outcome |\n|---|---|")
+    for outcome, count in seen.most_common():
+        print(f"| {count:,} | {outcome} |")
+
+
 if __name__ == "__main__":
-    for outcome, count in campaign(int(sys.argv[1])).most_common():
-        print(f"{count:>7} {outcome}")
+    main()

@@ -11,7 +11,9 @@ import pytest
 from hpcpar.cli import main
 from hpcpar.config.load import to_toml
 from hpcpar.errors import UserError
+from hpcpar.layout.schedule import make_schedule
 from hpcpar.planner.money import best_checkpoint_interval, goodput, total_samples
+from hpcpar.planner.picture import draw_plan
 from hpcpar.planner.plan import make_plan
 from hpcpar.planner.unequal import share_out
 from tests.planner.jobs import job_of, mt_nlg, yuan
@@ -53,6 +55,22 @@ def test_the_page_says_what_people_ask(job_file: Path, capsys: pytest.CaptureFix
         assert words in page, words
 
 
+@pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("interleaved", 2), ("zbv", 2)])
+@pytest.mark.parametrize("gpu", ["a100-80g", "cores"])
+def test_a_users_table_is_foretold_as_the_schedule_that_it_spells(name: str, chunks: int, gpu: str,
+                                                                   tmp_path: Path) -> None:
+    if gpu == "cores":
+        gpu = str(tmp_path / "cores.toml")
+        Path(gpu).write_text('base = "cpu"\n[chip]\ncores = 2\n', encoding="utf-8")
+    orders = make_schedule(name, 2, 4, chunks).orders
+    lines = [" ".join(f"{a.chunk}{a.kind.value}{a.microbatch}" for a in order) for order in orders]
+    plans = [make_plan(job_of(8, 256, 8, 1, 2, 1, 4, machine={"gpu": gpu}, layout={"chunks": chunks} | wish))
+             for wish in ({"schedule": name}, {"schedule": "table", "table": lines})]
+    assert plans[1].time.total == pytest.approx(plans[0].time.total)
+    assert plans[1].memory == plans[0].memory
+    assert all(path.is_file() for path in draw_plan(plans[1], tmp_path))
+
+
 def test_pictures_and_a_page(job_file: Path, tmp_path: Path) -> None:
     assert main(["plan", str(job_file), "--plot", str(tmp_path / "plot"), "--layout.pp", "4", "--layout.dp", "1",
                  "--train.global_batch", "16"]) == 0
@@ -65,6 +83,10 @@ def test_pictures_and_a_page(job_file: Path, tmp_path: Path) -> None:
     (["--layout.tp", "3"], "layout.tp: 3 must divide"), (["--layout.pp", "77"], "layout.pp"),
     (["--machine.gpu", "a100"], "machine.gpu"), (["--train.global_batch", "3361"], "train.global_batch"),
     (["--layout.ep", "2"], "no experts"), (["--layout.cp", "3"], "layout.cp"), (["--ladder", "gpt4"], "--ladder"),
+    (["--gpus", "-3"], "--gpus: -3 is no number above 0"), (["--gpus", "2.5"], "no whole number"),
+    (["--search", "--gpus", "0"], "--gpus"), (["--efficiency", "3"], "no share of the peak"),
+    (["--tokens", "many"], "--tokens: many is no number"), (["--budget=-4d"], "neither a number nor days"),
+    (["--plot", "/proc/nowhere"], "cannot be a folder"),
 ])
 def test_a_refused_job_is_one_line_and_exit_2(job_file: Path, words: list[str], said: str,
                                               capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +186,17 @@ def test_calculators(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in page, words
     assert main(["plan", "--ladder", "gpt3"]) == 0
     assert "3,637.6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["-5"], "no number of parameters"), (["nan"], "no number of parameters"), (["1e9", "--json"], "need a job file"),
+    (["1e9", "--submit.price_per_gpu_hour", "x"], "submit.price_per_gpu_hour"), ([], "needs a job file"),
+])
+def test_bad_sums_are_one_line_and_exit_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_the_planner_needs_no_torch() -> None:

@@ -148,6 +148,32 @@ def test_a_job_that_loses_a_node_goes_on_without_it(place):
     place.until(lambda: place.call("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip() == "idle")
 
 
+# The second node of the first start finds no room on its disk, now and for good.
+SICK = """    sick = folder.parent / "sick"
+    if os.environ["SLURM_NODEID"] == "1" and not sick.exists():
+        sick.write_text(surroundings.node)
+    if sick.exists() and sick.read_text() == surroundings.node:
+        report["room"] = 0.25
+"""
+
+
+@both_ways
+def test_a_bad_node_is_left_out_before_the_ranks_start(place, way):
+    place.run.mkdir(mode=0o700)
+    probe = place.source / "hpcpar/probe.py"
+    before, after = probe.read_text().split("    _leave(folder, surroundings.node, report)\n", 1)
+    probe.write_text(before + SICK + "    _leave(folder, surroundings.node, report)\n" + after)
+    job_id = start(place, way)
+    place.until_state(job_id, "PENDING")
+    assert not place.told()
+    place.until_completed_again(job_id)
+    node = (place.run / "submit/sick").read_text()
+    assert f"requeued without {node}" in place.logs() and len(place.told()) == 4
+    assert (place.run / "submit/bad-nodes").read_text().startswith(f"{node} 0.25 GiB are free on its own disk")
+    starts = [json.loads(line) for line in (place.run / "submit/starts.jsonl").read_text().splitlines()]
+    assert [node in line["nodes"] for line in starts if "nodes" in line] == [True, False]
+
+
 # The first time, rank 2 is killed in step 3, as its host's witness would tell it.
 DYING = """
 import json, os, pathlib, sys, time

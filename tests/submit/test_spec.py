@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from hpcpar.config.job import Job
-from hpcpar.config.load import override
+from hpcpar.config.load import load_job, override
 from hpcpar.errors import UserError
+from hpcpar.planner.hardware import load_machine
 from hpcpar.submit.spec import for_fewer_nodes, resolve_for_nodes, submit_spec
 
 
@@ -49,8 +52,18 @@ def test_another_number_of_ranks_is_refused_with_a_fix_that_works(nodes, a_node,
         assert resolve_for_nodes(override(job(nodes, a_node, tp, pp, dp), **changes))
 
 
-def test_cpu_machines_are_asked_for_no_gpus():
-    assert submit_spec(resolve_for_nodes(job(2, 2, gpu="cpu")), "x").gpus_per_node == 0
+def test_cpu_machines_are_asked_for_no_gpus(tmp_path):
+    calibrated = tmp_path / "ours.toml"
+    calibrated.write_text('base = "cpu"\n[chip]\ncores = 2\n')
+    for gpu in ("cpu", str(calibrated)):
+        assert submit_spec(resolve_for_nodes(job(2, 2, gpu=gpu)), "x").gpus_per_node == 0
+
+
+@pytest.mark.parametrize("profile", sorted(Path("slurm/clusters").glob("*.toml")), ids=lambda p: p.stem)
+def test_cluster_profiles_are_of_machines_that_the_planner_knows(profile):
+    machine = load_job("jobs/gpt3-125m.toml", cluster=profile).machine
+    assert machine.gpu == profile.stem
+    assert load_machine(machine.gpu).inside.devices % machine.gpus_per_node == 0
 
 
 @pytest.mark.parametrize(("walltime_min", "lead_s"), [(1, 30), (5, 60), (60, 360), (1440, 600)])

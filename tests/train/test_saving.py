@@ -91,7 +91,8 @@ def test_training_goes_on_when_the_disk_is_full(store: Path, folder: RunFolder, 
     finally:
         resource.prlimit(os.getpid(), resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
     assert figures(folder, "saves_failed") == {4: 1, 6: 2, 8: 3, 10: 4}
-    assert "File too large" in figures(folder, "save_failed")[4]
+    # the second is what h5py now and then makes of the first, when the limit hits the header in memory
+    assert any(said in figures(folder, "save_failed")[4] for said in ("File too large", "the header cannot be written"))
     assert "cannot save step-00000004: rank 0: OSError" in capsys.readouterr().out
     assert len(figures(folder, "loss")) == 10
     # the last one is written by the rank itself, for without it the run would have been in vain

@@ -135,3 +135,12 @@ def test_a_rank_ten_percent_slower_is_named_once_within_fifty_steps(mesh: Mesh) 
     for seed in range(20):
         assert reports({5: 1.10}, 0.005, mesh, seed=seed) == [5]
         assert reports({}, 0.02, mesh, seed=seed) == []
+
+
+def test_a_few_milliseconds_a_step_are_no_slow_host() -> None:
+    """Rank 0 writes the metrics: in a job of 20 ms a step that alone can be 17% more."""
+    for extra_s, named in ((0.004, []), (0.008, [0])):
+        stragglers, found = Stragglers(Mesh(dp_size=8)), []
+        for _ in range(12):
+            found += [slow.rank for slow in stragglers.add([5 * (0.020 + extra_s)] + 7 * [5 * 0.020])]
+        assert found == named
