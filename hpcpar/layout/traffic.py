@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from hpcpar.layout.buckets import Bucket
 from hpcpar.layout.layout import Layout
+from hpcpar.layout.loss import loss_chunks
 from hpcpar.layout.mesh import Coordinates
 from hpcpar.layout.schedule import COMPUTE, Action, Kind
 
@@ -48,7 +49,8 @@ class Traffic:
         calls = self._leave[0] if chunk == 0 else []
         calls += (self._enter[0] + self._leave[0]) * (2 * len(self.layout.chunks[chunk]))
         if chunk == self._last_chunk and self._tp_size > 1:
-            calls += [*self._enter[0], Call("all_gather", "tp", 2 * self._tp_size * self._tokens * self._loss_bytes)]
+            calls += [*self._enter[0], *(Call("all_gather", "tp", 2 * self._tp_size * size * self._loss_bytes)
+                                         for size in loss_chunks(self._tokens, self._loss_rows))]
         return tuple(calls)
 
     def backward(self, chunk: int) -> tuple[Call, ...]:
@@ -140,6 +142,13 @@ class Traffic:
     @property
     def _loss_bytes(self) -> int:
         return max(4, self.layout.element_bytes)  # logits are widened to fp32
+
+    @property
+    def _loss_rows(self) -> int:
+        """Logits a token on a tp rank, padding included."""
+        name = "embedding.token.weight" if self.layout.job.model.tied else "head.weight"
+        head = next(p for p in self.layout.table if p.name == name)
+        return head.local_shape(self._tp_size, self.at.tp_rank)[0]
 
     @property
     def _enter(self) -> tuple[list[Call], list[Call]]:

@@ -34,6 +34,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tenso
     return loss + (penalty - penalty.detach())
 
 
+def head_loss(x: Tensor, scores: Vocabulary, targets: Tensor, factor: float, z_loss: float) -> Tensor:
+    """Return factor x the mean loss of x [batch, seq, hidden], scored by a matrix [vocab, hidden]."""
+    return cross_entropy(scores.score(x), targets, z_loss) * factor
+
+
 class MLP(nn.Module):
     """GELU (gpt) or SwiGLU (llama) between two matrices; `enter` and `leave` as in Attention."""
 
@@ -122,16 +127,17 @@ class Transformer(nn.Module):
         self.first, self.last = first, last
         self.enter_head: Exchange = identity
         self.vocab_rows = model.vocab  # rows of the local output matrix that are not padding
-        self.token_loss: Callable[[Tensor, Tensor], Tensor] = partial(cross_entropy, z_loss=model.z_loss)
+        self.head_loss: Callable[[Tensor, Vocabulary, Tensor, float], Tensor] = partial(head_loss, z_loss=model.z_loss)
         self.run_block: Callable[[Block, Tensor, Tensor | None, Draw | None], Tensor] = Block.__call__
         self._rotary: Tensor | None = None
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, draw: Draw | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, draw: Draw | None = None,
+                loss_factor: float = 1.0) -> Tensor:
         """Run this stage.
 
         First stage: x is tokens [batch, seq] int64; others: [batch, seq(/tp), hidden]. Returns activations
-        [batch, seq(/tp), hidden]; on the last stage the mean loss if `targets` [batch, seq] are given, else logits
-        [batch, seq, vocab(/tp)].
+        [batch, seq(/tp), hidden]; on the last stage loss_factor x the mean loss if `targets` [batch, seq] are given,
+        else logits [batch, seq, vocab(/tp)].
         """
         if self.first:
             x = dropout(self.embedding(x), self.model.dropout, draw, "embedding")
@@ -141,8 +147,10 @@ class Transformer(nn.Module):
         if not self.last:
             return x
         scores = self.embedding.token if self.model.tied else self.head
-        logits = scores.score(self.enter_head(self.final_norm(x)))[..., :self.vocab_rows]
-        return logits if targets is None else self.token_loss(logits, targets)
+        x = self.enter_head(self.final_norm(x))
+        if targets is None:
+            return scores.score(x)[..., :self.vocab_rows]
+        return self.head_loss(x, scores, targets, loss_factor)
 
     def blocks(self) -> list[Block]:
         """List the layers held here, in order."""

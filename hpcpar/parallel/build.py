@@ -12,6 +12,7 @@ from hpcpar.layout.layout import Layout
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
 from hpcpar.parallel.gradients import PutOff
+from hpcpar.parallel.loss import HeadLoss
 from hpcpar.parallel.pipeline import Pipeline
 from hpcpar.parallel.recompute import apply_recompute
 from hpcpar.parallel.tensor import apply_tensor_parallelism
@@ -36,6 +37,7 @@ def build(layout: Layout, groups: Groups, device: torch.device,
     put_off: PutOff | None = [] if layout.splits_backward else None
     optimizer = ShardedOptimizer(layout, groups, chunks, dtype, device, put_off)
     for network in chunks.values():
+        network.head_loss = HeadLoss(job.model.vocab, job.model.z_loss)
         if groups.tp is not None:
             apply_tensor_parallelism(network, layout, groups.tp, at.tp_rank)
         if job.train.compile:

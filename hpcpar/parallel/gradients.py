@@ -33,7 +33,7 @@ class Sink:
         self.main, self.done, self.put_off = main, done, put_off
         self.empty = True  # what lies in `main` is last step's
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
         out: Tensor = _Product.apply(x, weight, bias, self)
         return out
@@ -44,24 +44,28 @@ class Sink:
         return out
 
     def add_product(self, grad: Tensor, x: Tensor) -> None:
-        """Add grad^T x: grad [tokens, out], x [tokens, in]."""
-        main = self.main
+        """Add grad^T x, a whole contribution: grad [tokens, out], x [tokens, in]."""
+        self.accumulate(grad, x)
+        self.done()
+
+    def accumulate(self, grad: Tensor, x: Tensor) -> None:
+        """Add grad^T x, a part of a contribution; `grad` may leave out the last rows of a padded vocabulary."""
+        main, padding = self.main[:grad.shape[1]], self.main[grad.shape[1]:]
+        if self.empty:
+            padding.zero_()
         if grad.dtype != main.dtype:  # 16-bit factors, 32-bit sum: no library product writes that on every device
             main.copy_(grad.t() @ x) if self.empty else main.add_(grad.t() @ x)
         elif self.empty:
             torch.mm(grad.t(), x, out=main)
         else:
             torch.addmm(main, grad.t(), x, out=main)
-        self._added()
+        self.empty = False
 
     def add_rows(self, numbers: Tensor, grad: Tensor) -> None:
         """Add grad [tokens, width] to the rows numbers [tokens], in a fixed order."""
         if self.empty:
             self.main.zero_()
         self.main.index_put_((numbers,), grad.to(self.main.dtype), accumulate=True)
-        self._added()
-
-    def _added(self) -> None:
         self.empty = False
         self.done()
 

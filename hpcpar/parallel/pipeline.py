@@ -99,9 +99,9 @@ class _Step:
         with self.timed(action):
             batch = self.microbatch(m)
             x = batch.tokens if network.first else self.inputs[chunk, m]
-            out = network(x, batch.targets if network.last else None, batch.draw)
+            out = network(x, batch.targets if network.last else None, batch.draw, self.loss_factor)
             if network.last:
-                self.played.losses.append(out.detach().double())
+                self.played.losses.append(out.detach().double() / self.loss_factor)
             if chunk + 1 in self.pipeline.chunks:  # the next chunk is here: no message, but a graph of its own
                 self.inputs[chunk + 1, m] = out.detach().requires_grad_(torch.is_grad_enabled())
             if not torch.is_grad_enabled():
@@ -115,7 +115,7 @@ class _Step:
         with self.timed(action):
             out = self.outputs.pop((chunk, m))
             if self.pipeline.chunks[chunk].last:
-                (out * self.loss_factor).backward()
+                out.backward()
             else:
                 _Seed.apply(out, self.output_grads.pop((chunk, m)) if grad is None else grad).backward()
             if chunk > 0:

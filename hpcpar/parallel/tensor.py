@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
-from hpcpar.comm.collectives import copy_to, gather_flat, gather_sequence, reduce_from, scatter_sequence
+from hpcpar.comm.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
 from hpcpar.comm.groups import Group
 from hpcpar.layout.boxes import shard_units
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.linear import Vocabulary
 from hpcpar.nn.transformer import Transformer
+from hpcpar.parallel.loss import HeadLoss
 
 
 def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, tp_rank: int) -> None:
@@ -44,8 +41,8 @@ def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, t
     if stage.last:
         stage.enter_head = enter
         stage.vocab_rows = rows
-        stage.token_loss = lambda logits, targets: vocabulary_parallel_loss(
-            logits, as_gathered(targets, num_parts), group, first_row, stage.model.z_loss)
+        loss = HeadLoss(rows, stage.model.z_loss, first_row, group)
+        stage.head_loss = lambda x, scores, targets, factor: loss(x, scores, as_gathered(targets, num_parts), factor)
 
 
 # Under sequence parallelism a gathered tensor holds [tp, batch, seq/tp] tokens, rank by rank. Matrices do not mind the
@@ -75,42 +72,3 @@ def look_up_local(table: Vocabulary, tokens: Tensor, first_row: int, rows: int) 
     local = tokens - first_row
     here = (local >= 0) & (local < rows)
     return table.rows(local * here, table.weight) * here[..., None].to(table.weight.dtype)
-
-
-class _VocabularyParallelLoss(Function):
-    """Cross-entropy over logits cut by vocabulary: one all-gather of (log-sum-exp, target logit) a token.
-
-    forward   lse = log sum_r exp(lse_r);  loss = mean(lse - target logit)
-    backward  d logits = (exp(logits - lse) (1 + 2 z lse) - onehot) / tokens, local; z is the weight of the z-loss
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group, first_row: int,
-                z_loss: float) -> Tensor:
-        flat, local = logits.flatten(0, 1), targets.flatten() - first_row
-        here = (local >= 0) & (local < flat.shape[1])
-        index = (local * here)[:, None]
-        mine = torch.stack((flat.logsumexp(1), flat.gather(1, index)[:, 0] * here))
-        everyones = mine.new_empty(dist.get_world_size(group), *mine.shape)
-        gather_flat(everyones, mine, group)
-        lse = everyones[:, 0].logsumexp(0)
-        ctx.save_for_backward(flat, lse, index, here)
-        ctx.shape, ctx.z_loss = logits.shape, z_loss
-        return (lse - everyones[:, 1].sum(0)).mean()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        flat, lse, index, here = ctx.saved_tensors
-        grad = torch.exp(flat - lse[:, None])
-        if ctx.z_loss:
-            grad *= 1 + 2 * ctx.z_loss * lse[:, None]
-        grad.scatter_add_(1, index, -here[:, None].to(grad.dtype))
-        return (grad * (grads[0] / flat.shape[0])).view(ctx.shape), None, None, None, None
-
-
-def vocabulary_parallel_loss(logits: Tensor, targets: Tensor, group: Group, first_row: int,
-                             z_loss: float = 0.0) -> Tensor:
-    """Return the mean loss of logits [..., vocab/tp] against targets [...], equal on all tp ranks."""
-    wide = logits.float() if logits.element_size() < 4 else logits
-    loss: Tensor = _VocabularyParallelLoss.apply(wide, targets, group, first_row, z_loss)
-    return loss

@@ -69,12 +69,13 @@ class ShardedOptimizer:
             if self._pending[number] == 0 and not flat.bucket.late:
                 self._reduce(flat)
 
-        # the compiler cannot see through a product that writes where it was not told to
-        matrices = [module for module in modules if isinstance(module, Linear | Vocabulary)]
-        if leaf == "weight" and matrices and not self.layout.job.train.compile:
+        # the compiler cannot see through a product that writes where it was not told to; it sees no vocabulary
+        takes_sink = Vocabulary if self.layout.job.train.compile else Linear | Vocabulary
+        matrices = [module for module in modules if isinstance(module, takes_sink)]
+        if leaf == "weight" and matrices:
             sink = Sink(main, added, self._put_off)
             for matrix in matrices:
-                matrix.product = sink.product
+                matrix.product = sink
                 if isinstance(matrix, Vocabulary):
                     matrix.rows = sink.rows
             self._sinks.append(sink)

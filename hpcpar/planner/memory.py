@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from hpcpar.config.job import Job, Model, required
+from hpcpar.layout.loss import loss_chunks
 from hpcpar.planner.params import rank_counts
 from hpcpar.planner.practice import TRAINER, Practice
 
@@ -86,10 +87,17 @@ def layer_activation_bytes(model: Model, tp: int, sequence_parallel: bool, micro
     return tokens * hidden * (kept + statistics)
 
 
-def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TRAINER) -> float:
-    """Return what the loss holds at its peak: the logits, wide ones, and their gradients."""
+def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TRAINER,
+                 precision: str = "bf16") -> float:
+    """Return what the loss holds at its peak: the logits, wide ones, and their gradients.
+
+    A chunked loss computes in place; 16-bit logits are widened, and narrowed again for the products.
+    """
     rows = -(-model.vocab // (8 * tp)) * 8
-    return float(practice.logits_bytes * microbatch * model.seq * rows)
+    tokens, element = microbatch * model.seq, ELEMENT_BYTES[precision]
+    if practice.chunked_loss:
+        return float((element if element > 2 else 2 + 4 + 2) * max(loss_chunks(tokens, rows)) * rows)
+    return float(practice.logits_bytes * tokens * rows)
 
 
 def embedding_bytes(model: Model, tp: int, sequence_parallel: bool, microbatch: int,
@@ -120,7 +128,7 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
 
     full_width = element * train.microbatch * seq_cut.seq * model.hidden
     message = full_width / (wish.tp if sequence_parallel else 1)
-    logits = logits_bytes(seq_cut, wish.tp, train.microbatch, practice) if last else 0.0
+    logits = logits_bytes(seq_cut, wish.tp, train.microbatch, practice, train.precision) if last else 0.0
     activations = in_flight * num_layers * layer(wish.recompute)
     # a layer's recomputation comes when the logits are gone: the larger of the two counts
     activations += max(0.0, layer("none") - layer(wish.recompute) - logits)

@@ -37,8 +37,9 @@ class Practice:
     blocking_launches: bool = False  # every kernel is waited for before the next one is started
     embedding_is_a_layer: bool = False  # embedding and logits take a layer's place in the cut into stages
     ceil_split: bool = False  # spare layers: every stage gets the rounded-up number, the last what is left
-    logits_bytes: int = 14  # memory held for a logit at the peak of the loss
+    chunked_loss: bool = False  # logits stand in memory a chunk of tokens at a time (layout/loss.py)
+    logits_bytes: int = 14  # memory held for a logit at the peak of a loss that is not chunked
     adam_traffic: int = 46  # bytes read and written a owned element by the update
 
 
-TRAINER = Practice()
+TRAINER = Practice(chunked_loss=True)

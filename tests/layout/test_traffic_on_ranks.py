@@ -56,6 +56,12 @@ def by_group(calls):
     return dict(found)
 
 
+def test_a_loss_in_chunks_issues_exactly_these_calls(world, issued, monkeypatch):
+    monkeypatch.setattr("hpcpar.layout.loss.LEAST_TOKENS", 3)
+    monkeypatch.setattr("hpcpar.layout.loss.CHUNK_BYTES", 1)
+    test_a_step_issues_exactly_these_calls(world, issued, {**CHUNKED[0], "mesh": (4, 2, 1)})
+
+
 @pytest.mark.parametrize("choice", EIGHT + CHUNKED, ids=name_of)
 def test_a_step_issues_exactly_these_calls(world, issued, choice):
     layout = Layout(job_of(choice))

@@ -22,7 +22,7 @@ def test_the_two_halves_together_are_the_gradient_of_linear(biased: bool, shape:
     put_off: PutOff = []
     done: list[int] = []
     sink = Sink(torch.full_like(weight, torch.nan).detach(), lambda: done.append(1), put_off)
-    sink.product(x, weight, bias).backward(factor)
+    sink(x, weight, bias).backward(factor)
     assert torch.equal(x.grad, wanted[0]) and (bias is None or torch.equal(bias.grad, wanted[2]))
     assert len(put_off) == 1 and not done and sink.main.isnan().all()
     with torch.no_grad():

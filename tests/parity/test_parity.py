@@ -32,6 +32,17 @@ def test_every_schedule_equals_one_process(world, schedule, mesh, changes):
     assert compare(job_of(choice), world, random_tokens(61, 8), 4, 1e-10).first == ""
 
 
+@pytest.mark.parametrize(("mesh", "changes"), [
+    ((4, 1, 2), {"kind": "llama", "z_loss": 0.01}), ((1, 2, 4), {"schedule": "gpipe"}),
+    ((2, 2, 2), {"schedule": "zero-bubble", "sequence_parallel": False}),
+], ids=str)
+def test_a_loss_in_chunks_equals_one_process(world, mesh, changes, monkeypatch):
+    """8 tokens in chunks of 2, 3 and 3."""
+    monkeypatch.setattr("hpcpar.layout.loss.LEAST_TOKENS", 3)
+    monkeypatch.setattr("hpcpar.layout.loss.CHUNK_BYTES", 1)
+    assert compare(job_of({**PLAIN, "mesh": mesh, **changes}), world, random_tokens(61, 8), 4, 1e-10).first == ""
+
+
 @pytest.mark.parametrize("mesh", [m for m in MESHES if m[0] * m[1] * m[2] == 8], ids=str)
 def test_float32_loss_and_gradient_norm(world, mesh):
     job = job_of({**PLAIN, "mesh": mesh}, "fp32")
