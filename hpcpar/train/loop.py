@@ -123,11 +123,10 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
 
 
 def _open_memory(job: Job, world: World, folder: RunFolder) -> Memory | None:
-    """Return where copies of sets are kept in memory, if that is wished; if not, what there is counts no more."""
+    """Return where copies of sets are kept in memory, if that is wished; if not, those of earlier starts go."""
     if job.checkpoint.asynchronous == "neighbour":
         return open_memory(folder.checkpoints, world.control, world.host)
-    if world.rank == 0:
-        disown(folder.checkpoints)
+    disown(folder.checkpoints)
     return None
 
 
