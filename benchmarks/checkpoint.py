@@ -4,7 +4,8 @@
 
 All candidates write the same bytes with the same number of writers to the same disk, every file is synced, and every
 load begins with the files dropped from the page cache and fills fresh memory. They take turns within every repetition,
-so that a disturbance of the machine hits them alike; the table shows medians.
+so that a disturbance of the machine hits them alike; the table shows medians. Before a load every rank touches and
+frees as much memory: a virtual machine may have to ask its host for it, which can take longer than the load.
 """
 
 from __future__ import annotations
@@ -178,6 +179,7 @@ def measure(world: World, repeat: int, mib: int, where: Path) -> dict[str, Any]:
     """Return seconds of every save and load by candidate, and the bytes."""
     layout, other = (layout_of(mib, sizes) for sizes in LAYOUTS[world.size])
     chosen = candidates(world, layout, other)
+    own = sum(flat.nbytes for flats in shards_for(layout, world.rank).values() for flat in flats)
     seconds: dict[str, dict[str, list[float]]] = {name: {"save": [], "load": []} for name in chosen}
 
     def timed(work: Callable[[Path], object], folder: Path) -> float:
@@ -199,11 +201,11 @@ def measure(world: World, repeat: int, mib: int, where: Path) -> dict[str, Any]:
             if world.rank == 0:
                 sync_all(folder)
                 drop_from_cache(folder)
+            np.ones(own, np.uint8)
             seconds[name]["load"].append(timed(candidate.load, folder))
             candidate.clear()
             if world.rank == 0:
                 shutil.rmtree(folder)
-    own = sum(flat.nbytes for flats in shards_for(layout, world.rank).values() for flat in flats)
     return {"bytes": sum(world.control.all_gather(own)), "seconds": seconds}
 
 

@@ -82,14 +82,14 @@ def open_memory(checkpoints: Path, control: Control, host: str, shared: Path = S
     """
     hosts = tuple(control.all_gather(host))
     known = together(control, "copies in memory", lambda: _run_id(checkpoints) if control.rank == 0 else "")[0]
-    owner = f"hpcpar-{os.getuid()}-{hashlib.sha256(str(checkpoints.resolve()).encode()).hexdigest()[:12]}"
-    memory = Memory(shared / f"{owner}-{known}", hosts, control.rank)
+    memory = Memory(shared / f"{_place_of(checkpoints)}-{known}", hosts, control.rank)
 
     def prepare() -> None:
         if memory.is_first:
-            for other in shared.glob(f"{owner}-*"):
-                if other != memory.folder:
-                    shutil.rmtree(other, ignore_errors=True)
+            unfinished = memory.home.glob(".step-*.tmp")
+            others = [path for path in shared.glob(f"{_place_of(checkpoints)}-*") if path != memory.folder]
+            for left in (*unfinished, *others):
+                shutil.rmtree(left, ignore_errors=True)
         memory.folder.mkdir(mode=0o700, exist_ok=True)
         memory.home.mkdir(exist_ok=True)
 
@@ -97,9 +97,11 @@ def open_memory(checkpoints: Path, control: Control, host: str, shared: Path = S
     return memory
 
 
-def disown(checkpoints: Path) -> None:
-    """Let no copy in memory of a run's sets be found again: the run has gone another way without them."""
+def disown(checkpoints: Path, shared: Path = SHARED) -> None:
+    """Delete a run's copies on this host, and let none be found again: the run goes on without them."""
     (checkpoints / RUN_ID).unlink(missing_ok=True)
+    for left in shared.glob(f"{_place_of(checkpoints)}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def check_room(memory: Memory, control: Control, num_bytes: int) -> None:
@@ -187,6 +189,11 @@ def forget(memory: Memory) -> None:
         shutil.rmtree(memory.home, ignore_errors=True)
         if not any(memory.folder.iterdir()):
             memory.folder.rmdir()
+
+
+def _place_of(checkpoints: Path) -> str:
+    """Return what the names of all copies of runs in a folder begin with."""
+    return f"hpcpar-{os.getuid()}-{hashlib.sha256(str(checkpoints.resolve()).encode()).hexdigest()[:12]}"
 
 
 def _run_id(checkpoints: Path) -> str:

@@ -126,12 +126,11 @@ def _find(layout: Layout, world: World, folder: RunFolder,
           said: list[str]) -> tuple[Path | None, Path | None, Memory | None]:
     """Return the newest set on disk, the newest of all, and where copies are kept in memory if that is wished.
 
-    If it is not, what there is counts no more. `said` takes what the user should know. Every rank must call.
+    If it is not, copies of earlier starts go. `said` takes what the user should know. Every rank must call.
     """
     on_disk = world.control.broadcast(latest_set(folder.checkpoints) if world.rank == 0 else None)
     if layout.job.checkpoint.asynchronous != "neighbour":
-        if world.rank == 0:
-            disown(folder.checkpoints)
+        disown(folder.checkpoints)
         return on_disk, on_disk, None
     memory = open_memory(folder.checkpoints, world.control, world.host)
     if on_disk is None:

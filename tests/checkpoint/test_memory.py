@@ -11,7 +11,7 @@ import pytest
 from hpcpar.checkpoint import load_together, memory, verify_set
 from hpcpar.checkpoint.background import BackgroundSaver
 from hpcpar.checkpoint.format import read_manifest
-from hpcpar.checkpoint.memory import Memory, check_room, forget, open_memory, recall, remember
+from hpcpar.checkpoint.memory import Memory, check_room, disown, forget, open_memory, recall, remember
 from hpcpar.checkpoint.save import InProcess, Saving, Tasks
 from hpcpar.checkpoint.verify import rewind
 from hpcpar.comm.control import Alone, Control
@@ -108,6 +108,22 @@ def test_a_rewound_run_does_not_find_what_came_after(tmp_path: Path, shared: Pat
     rewind(tmp_path / "sets", tmp_path / "sets" / "step-00000001")
     assert bring_back(tmp_path / "sets", shared, layout, 1)[0][0] is None
     assert [path.name for path in shared.glob("*/*/*")] == []  # deleted when the run was opened anew
+
+
+def test_a_start_without_copies_deletes_them_for_good(tmp_path: Path, shared: Path) -> None:
+    layout = make_layout(GPT)
+    keep(tmp_path / "sets", shared, layout, 1, 1)
+    disown(tmp_path / "sets", shared)
+    assert list(shared.iterdir()) == [] and bring_back(tmp_path / "sets", shared, layout, 1)[0][0] is None
+
+
+def test_a_copy_that_was_not_finished_does_not_count_and_goes(tmp_path: Path, shared: Path) -> None:
+    layout = make_layout(GPT, 1, 1, 2)
+    home = keep(tmp_path / "sets", shared, layout, 1, 3) / "node1"
+    shutil.copytree(home / "step-00000003", home / ".step-00000009.tmp")
+    assert [found and found.name for found, *_ in bring_back(tmp_path / "sets", shared, layout, 1)] == [
+        "step-00000003"] * 2
+    assert [path.name for path in home.iterdir()] == ["step-00000003"]
 
 
 def test_a_clean_end_leaves_nothing_in_memory(tmp_path: Path, shared: Path) -> None:
