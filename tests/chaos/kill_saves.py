@@ -9,6 +9,7 @@ of its own save; the next ranks load it, on another layout.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -68,7 +69,8 @@ def kill(victim: str, launcher: subprocess.Popen[str], folder: Path, dice: rando
         launcher.kill()
     else:
         for process in ranks if victim == "all ranks" else dice.sample(ranks, 1):
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the launcher was quicker
+                os.kill(process, signal.SIGKILL)
 
 
 def end_ranks(folder: Path) -> None:
@@ -77,7 +79,8 @@ def end_ranks(folder: Path) -> None:
     while left := living(folder, "hpcpar.checkpoint.writer") or living(folder):
         if time.monotonic() > end:
             for process in left:
-                os.kill(process, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         time.sleep(0.01)
 
 
