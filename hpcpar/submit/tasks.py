@@ -67,8 +67,7 @@ def remove_stale_segments(folder: Path) -> None:
     a node makes MPI_Init say "Out of memory". A node's first rank makes them, so it clears the way.
     """
     old = time.time() - 5  # one younger may be about to be mapped
-    stale = {str(path) for path in folder.glob("mpich_shm_*")
-             if (found := path.lstat()).st_uid == os.geteuid() and found.st_mtime < old}
+    stale = {str(path) for path in folder.glob("mpich_shm_*") if _is_ours(path, old)}
     for maps in Path("/proc").glob("[0-9]*/maps") if stale else ():
         try:
             stale -= {word for line in maps.read_text().splitlines() if (word := line.rpartition(" ")[2]) in stale}
@@ -76,6 +75,15 @@ def remove_stale_segments(folder: Path) -> None:
             continue  # it has ended, or is not ours
     for path in stale:
         Path(path).unlink(missing_ok=True)
+
+
+def _is_ours(path: Path, old: float) -> bool:
+    """Return whether a file belongs to this user and was last written before `old`."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:  # another job's first rank clears the way too
+        return False
+    return found.st_uid == os.geteuid() and found.st_mtime < old
 
 
 @dataclass(frozen=True)

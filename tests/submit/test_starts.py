@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,14 @@ def test_only_segments_that_nobody_maps_are_removed(tmp_path):
     with (tmp_path / "mpich_shm_b_0").open("r+b") as file, mmap.mmap(file.fileno(), 0):
         remove_stale_segments(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mpich_shm_b_0", "mpich_shm_c_0", "other_a"]
+
+
+def test_a_segment_that_somebody_else_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "mpich_shm_a_0").touch()
+    os.utime(tmp_path / "mpich_shm_a_0", (1, 1))
+    glob = Path.glob
+    gone = [tmp_path / "mpich_shm_gone_0"]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*gone, *glob(self, pattern)] if self == tmp_path
+                        else glob(self, pattern))
+    remove_stale_segments(tmp_path)
+    assert list(tmp_path.iterdir()) == []
