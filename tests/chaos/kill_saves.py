@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from hpcpar.checkpoint import latest_set, load_tensor, published_sets, verify_set
@@ -68,7 +69,8 @@ def kill(victim: str, launcher: subprocess.Popen[str], folder: Path, dice: rando
         launcher.kill()
     else:
         for process in ranks if victim == "all ranks" else dice.sample(ranks, 1):
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # its launcher was quicker
+                os.kill(process, signal.SIGKILL)
 
 
 def end_ranks(folder: Path) -> None:
@@ -77,7 +79,8 @@ def end_ranks(folder: Path) -> None:
     while left := living(folder, "hpcpar.checkpoint.writer") or living(folder):
         if time.monotonic() > end:
             for process in left:
-                os.kill(process, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         time.sleep(0.01)
 
 
