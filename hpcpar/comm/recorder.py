@@ -26,7 +26,8 @@ _NUMBERS = struct.Struct("<qd")  # step, time of the last note
 _COUNTS = struct.Struct("<qq")  # calls begun, the call that is waited for or -1
 _CALL = struct.Struct("<IHHQdddiIIi8s")  # see `begin`
 _TIME = struct.Struct("<d")
-_WAITED, _ENDED = 24, 32  # offsets inside a call
+_GROUP = struct.Struct("<H")
+_GROUP_AT, _WAITED, _ENDED = 6, 24, 32  # offsets inside a call
 _STATE, _STEP, _CALLS, _PHASE, _ACTION, _RING = 0, 8, 24, 64, 128, 512  # offsets
 _CAPACITY = 512  # calls
 _TEXTS = _RING + _CAPACITY * _CALL.size
@@ -50,7 +51,8 @@ class Recorder:
         self._memory = mmap.mmap(self.fd, _END)
         self._memory[_STATE:_STATE + 1] = RUNNING
         self.step, self.phase, self.action = -1, "", ""
-        self.waited_s = 0.0  # in all calls so far
+        self.waits: dict[str, float] = {}  # group ("tp", "dp", ...) -> seconds waited in all its calls so far
+        self._names: dict[int, str] = {}  # of groups, by number
         self._short = b""
         self._begun = 0
         self._waiting_since = 0.0
@@ -86,9 +88,16 @@ class Recorder:
         """Whether a call is waited for."""
         return bool(_COUNTS.unpack_from(self._memory, _CALLS)[1] >= 0)
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds waited in all calls so far."""
+        return sum(self.waits.values())
+
     def group(self, name: str, ranks: Sequence[int]) -> int:
         """Return the number of a group of global ranks, for `begin`."""
-        return self._text(f"{name} {format_ranks(ranks)}")
+        number = self._text(f"{name} {format_ranks(ranks)}")
+        self._names[number] = name
+        return number
 
     def begin(self, group: int, operation: str, num_bytes: int, peer: int = -1) -> int:
         """Record that a call begins, and who called; return its number. `peer`: the other global rank of a message.
@@ -123,7 +132,9 @@ class Recorder:
         if number >= self._begun - _CAPACITY:
             _TIME.pack_into(self._memory, _RING + number % _CAPACITY * _CALL.size + _ENDED, now)
         if self._waiting_since:
-            self.waited_s += now - self._waiting_since
+            (group,) = _GROUP.unpack_from(self._memory, _RING + number % _CAPACITY * _CALL.size + _GROUP_AT)
+            name = self._names.get(group, "")
+            self.waits[name] = self.waits.get(name, 0.0) + now - self._waiting_since
             self._waiting_since = 0.0
             _COUNTS.pack_into(self._memory, _CALLS, self._begun, -1)
 

@@ -82,7 +82,7 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
         watch.note(phase="start")
         open_process_group(world)
         run = start_run(job, world, folder, order, surroundings.live, lambda action: watch.note(action=action))
-        run.waited_s = lambda: watch.recorder.waited_s
+        run.waits = lambda: dict(watch.recorder.waits)
         logging.info("bootstrap: %s", ", ".join(f"{k} {v:.3f} s" for k, v in world.seconds.items()))
         done = train(run, watch.note)
     return 0 if done else GO_ON

@@ -46,6 +46,7 @@ class RunStatus:
     quiet_s: float | None = None
     why: str = ""
     slow: str = ""
+    waits: str = ""
 
 
 def read_status(path: Path, now: float | None = None) -> RunStatus:
@@ -68,6 +69,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     ranks = starts[-1]["ranks"] if starts else 0
     sets = sorted(p.name for p in folder.checkpoints.glob("step-*") if (p / "manifest.json").exists())
     slow = next((line for line in reversed(lines) if "slow_rank" in line), None)
+    waits = next((line for line in reversed(lines) if "mean_waits_s" in line), None)
     return RunStatus(
         path, state, step, job.train.steps,
         loss=steps[-1]["loss"] if steps else None,
@@ -81,7 +83,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         restarts=max(0, len(starts) - 1),
         skipped=sum("skipped" in line for line in steps),
         goodput=sum(line["step_s"] for line in steps) / max(end - starts[0]["time"], 1e-9) if starts else None,
-        quiet_s=quiet_s, why=why,
+        quiet_s=quiet_s, why=why, waits=_shares(waits["mean_waits_s"], waits["mean_step_s"]) if waits else "",
         slow=f"rank {slow['slow_rank']} on {slow['host']} ({slow['ratio']} x)" if slow else "",
     )
 
@@ -160,10 +162,16 @@ def rows(status: RunStatus) -> list[tuple[str, str]]:
         ("restarts", str(status.restarts)),
         ("goodput", number(status.goodput, "{:.1%} of the time since the first start went into steps that count")),
     ]
+    if status.waits:
+        shown.append(("waits", f"{status.waits} of a step, the mean of all ranks"))
     if status.slow:
         shown.append(("slow", status.slow))
     return [*shown, ("logs", f"{folder.logs}{os.sep}  {folder.metrics}"
                      + (f"  {folder.failure}" if status.state == "failed" else ""))]
+
+
+def _shares(waits_s: dict[str, float], step_s: float) -> str:
+    return ", ".join(f"{axis} {seconds / step_s:.1%}" for axis, seconds in waits_s.items())
 
 
 def _mfu_row(mfu: float) -> str:

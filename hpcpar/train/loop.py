@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
 from hpcpar.config.run_folder import RunFolder
+from hpcpar.data.ahead import ReadAhead
 from hpcpar.data.sampler import SampleOrder
 from hpcpar.errors import RunError, UserError
 from hpcpar.layout.layout import Layout
@@ -40,8 +41,9 @@ from hpcpar.train.resume import check_same, or_offer, saved_progress
 from hpcpar.train.rewind import leave_out
 from hpcpar.train.saving import Saves
 from hpcpar.train.state import FIRST_LOSS_SCALE, Progress
-from hpcpar.train.step import StepResult, Trainee, train_step
+from hpcpar.train.step import StepResult, Trainee, next_numbers, train_step
 from hpcpar.train.straggler import REPORT_EVERY, Stragglers
+from hpcpar.train.waits import TEXT, Waits, mean_of
 
 MAX_BAD_STEPS = 20  # in a row, or rollbacks in all: after that something is wrong that no batch explains
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -73,7 +75,7 @@ class Run:
     saves: Saves
     memory_before: int = 0  # bytes that the process had held before the run's first tensor
     foretold: Foretold | None = None  # on rank 0, where the planner knows the machine
-    waited_s: Callable[[], float] = lambda: 0.0  # seconds that this rank has waited for others so far
+    waits: Callable[[], dict[str, float]] = dict  # group -> seconds that this rank has waited in its calls so far
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -163,26 +165,36 @@ def fill(optimizer: ShardedOptimizer, found: Path, control: Control) -> None:
 
 
 class Pace:
-    """Gathers every few steps how long each rank's own work took, and has rank 0 name the slow one."""
+    """Gathers every few steps how long each rank worked and waited; rank 0 notes it, and names who is slow."""
 
     def __init__(self, run: Run):
-        self._run, self._own_s, self._steps = run, 0.0, 0
+        self._run, self._step_s, self._own_s, self._num_steps = run, 0.0, 0.0, 0
+        self._waits: dict[str, float] = {}
         self._hosts = run.world.control.all_gather(run.world.host)
         self._stragglers = Stragglers(run.trainee.layout.mesh)
 
-    def step(self, own_s: float) -> None:
-        """Note a step's own seconds; every rank must call."""
-        self._own_s += own_s
-        self._steps += 1
-        if self._steps % REPORT_EVERY:
+    def step(self, step_s: float, waits: Mapping[str, float]) -> None:
+        """Note a step's seconds, and those in which it waited; every rank must call.
+
+        Waiting for text is a rank's own: its disk is slow.
+        """
+        self._step_s += step_s / REPORT_EVERY
+        self._own_s += step_s - sum(seconds for axis, seconds in waits.items() if axis != TEXT)
+        for axis, seconds in waits.items():
+            self._waits[axis] = self._waits.get(axis, 0.0) + seconds / REPORT_EVERY
+        self._num_steps += 1
+        if self._num_steps % REPORT_EVERY:
             return
-        everyones = self._run.world.control.all_gather(self._own_s)
-        self._own_s = 0.0
-        for rank, ratio in self._stragglers.add(everyones) if self._run.metrics is not None else ():
+        everyones = self._run.world.control.all_gather((self._own_s, self._waits))
+        mean_step_s, self._step_s, self._own_s, self._waits = self._step_s, 0.0, 0.0, {}
+        if self._run.metrics is None:
+            return
+        mean = {axis: round(seconds, 6) for axis, seconds in mean_of([waits for _, waits in everyones]).items()}
+        self._run.metrics.event(self._run.progress.step, mean_step_s=round(mean_step_s, 6), mean_waits_s=mean)
+        for rank, ratio in self._stragglers.add([own_s for own_s, _ in everyones]):
             host = self._hosts[rank]
             self._run.say(f"SLOW: rank {rank} on {host} takes {ratio:.2f} times as long as its peers for its own work; "
                           f"if that stays so, leave the host out: --exclude={host} (sbatch, srun)")
-            assert self._run.metrics is not None
             self._run.metrics.event(self._run.progress.step, slow_rank=rank, host=host, ratio=round(ratio, 3))
 
 
@@ -193,19 +205,22 @@ def train(run: Run, note: Callable[..., None]) -> bool:
     """
     flag, job, pace = StopFlag(), run.job, Pace(run)
     stopped, result = False, None
+    text = ReadAhead(run.order.tokens)
+    waits = Waits(run.waits, lambda: text.waited_s)
     while run.progress.step < job.train.steps and not stopped:
         progress = run.progress
         start = time.perf_counter()
         note(step=progress.step + 1, phase="first step" if result is None else "step")
         wish = bool(flag.name) or (run.world.rank == 0 and run.folder.stop.exists())
-        waited_s = run.waited_s()
-        result = train_step(run.trainee, progress, run.order.tokens, wish, run.saves.writing)
+        waits.since()  # what lay between two steps
+        text.expect(next_numbers(run.trainee, progress))
+        result = train_step(run.trainee, progress, text, wish, run.saves.writing)
         stopped = result.stop
-        step_s = time.perf_counter() - start
+        step_s, waited = time.perf_counter() - start, waits.since()
         if run.metrics is not None:
             numbers = progress.sample_numbers(np.arange(result.samples.start, result.samples.stop))
-            run.metrics.step(progress, result, step_s, int(numbers[0]), run.order.samples_hash(numbers))
-        pace.step(step_s - (run.waited_s() - waited_s))
+            run.metrics.step(progress, result, step_s, waited, int(numbers[0]), run.order.samples_hash(numbers))
+        pace.step(step_s, waited)
         if result.skipped:
             _after_bad_step(run, result)
             progress = run.progress
@@ -219,6 +234,7 @@ def train(run: Run, note: Callable[..., None]) -> bool:
         if run.saves.due(progress.step):
             note(phase="save")
             run.saves.save(progress)
+    text.close()
     note(phase="finish")
     progress = run.progress
     done = progress.step >= job.train.steps

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ from hpcpar.config.job import Job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.train.state import Progress
 from hpcpar.train.step import StepResult
+from hpcpar.train.waits import shares
 from hpcpar.units import format_bytes, format_seconds
 
 QUIET_S = 5.0  # seconds between lines where nobody watches
@@ -65,15 +67,16 @@ class Metrics:
         with self._folder.journal.open("a") as file:
             file.write(json.dumps({"event": event, "time": time.time(), **what}) + "\n")
 
-    def step(self, progress: Progress, result: StepResult, step_s: float, first_sample: int,
-             samples_hash: str) -> None:
-        """Note a step that has just ended."""
+    def step(self, progress: Progress, result: StepResult, step_s: float, waits: Mapping[str, float],
+             first_sample: int, samples_hash: str) -> None:
+        """Note a step that has just ended; `waits` are this rank's seconds by axis (`train/waits`)."""
         tokens = len(result.samples) * self._job.model.seq
         line = {
             "step": progress.step, "tokens": progress.samples * self._job.model.seq, "loss": result.loss,
             "grad_norm": result.grad_norm, "lr": result.lr, "step_s": round(step_s, 6),
             "tokens_per_s": round(tokens / step_s, 1), "memory_bytes": peak_memory(self._device),
             "samples_hash": samples_hash, "first_sample": first_sample,
+            "waits_s": {axis: round(seconds, 6) for axis, seconds in waits.items()},
         }
         if result.skipped:
             line["skipped"] = result.skipped
@@ -127,7 +130,9 @@ class Metrics:
         self._shown = now
         left = (steps - progress.step) * self._job.train.global_batch * self._job.model.seq * self._rate
         done = int(20 * progress.step / max(1, steps))
+        waits = shares(line["waits_s"], line["step_s"])
         text = (f"step {progress.step}/{steps} [{'#' * done}{'.' * (20 - done)}] loss {line['loss']:.4f}  "
                 f"grad {line['grad_norm']:.2f}  {line['tokens_per_s']:,.0f} tokens/s  left {format_seconds(left)}  "
-                f"memory {format_bytes(line['memory_bytes'])}{'  SKIPPED' if 'skipped' in line else ''}")
+                f"memory {format_bytes(line['memory_bytes'])}{'  waits ' * bool(waits)}{waits}"
+                f"{'  SKIPPED' if 'skipped' in line else ''}")
         print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live and not last else "\n", flush=True)

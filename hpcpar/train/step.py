@@ -103,10 +103,11 @@ def compute_gradients(trainee: Trainee, progress: Progress, tokens: Tokens, samp
 def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, progress: Progress) -> Microbatch:
     """Read this replica's microbatch m of a batch, given by its places in the run."""
     job, at = trainee.layout.job, trainee.groups.at
-    size = job.train.microbatch
-    first = samples.start + (m * trainee.layout.mesh.dp_size + at.dp_rank) * size
-    numbers = progress.sample_numbers(np.arange(first, first + size))
-    rows = torch.from_numpy(tokens(numbers)).to(trainee.device, non_blocking=True)
+    numbers = _numbers(trainee, samples.start, m, progress)
+    if reads_text(trainee):
+        rows = torch.from_numpy(tokens(numbers)).to(trainee.device, non_blocking=True)
+    else:
+        rows = torch.empty(len(numbers), 0, dtype=torch.int64)
     draw = None
     if job.model.dropout > 0:
         own = job.model.seq // trainee.layout.mesh.tp_size if trainee.layout.sequence_parallel else job.model.seq
@@ -114,3 +115,24 @@ def read_microbatch(trainee: Trainee, tokens: Tokens, samples: range, m: int, pr
         ids = torch.from_numpy(numbers).to(trainee.device)
         draw = draw_for(ids, range(start, start + own), job.model.seq, job.train.seed, progress.step)
     return Microbatch(rows[:, :-1], rows[:, 1:], draw)
+
+
+def next_numbers(trainee: Trainee, progress: Progress) -> list[np.ndarray]:
+    """Foretell the sample numbers of each microbatch that this rank reads in the step after the coming one."""
+    layout, start = trainee.layout, progress.samples + batch_size(trainee.layout.job, progress.samples)
+    if progress.step + 1 >= layout.job.train.steps or not reads_text(trainee):
+        return []
+    num_microbatches = batch_size(layout.job, start) // (layout.mesh.dp_size * layout.job.train.microbatch)
+    return [_numbers(trainee, start, m, progress) for m in range(num_microbatches)]
+
+
+def reads_text(trainee: Trainee) -> bool:
+    """Say whether this rank needs tokens or targets: a stage between the pipeline's ends needs neither."""
+    return any(network.first or network.last for network in trainee.pipeline.chunks.values())
+
+
+def _numbers(trainee: Trainee, start: int, m: int, progress: Progress) -> np.ndarray:
+    """Return the sample numbers of this replica's microbatch m in a batch that begins at place `start` of the run."""
+    size = trainee.layout.job.train.microbatch
+    first = start + (m * trainee.layout.mesh.dp_size + trainee.groups.at.dp_rank) * size
+    return progress.sample_numbers(np.arange(first, first + size))

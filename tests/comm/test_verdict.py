@@ -143,6 +143,11 @@ def test_a_recorder_keeps_the_newest_calls_and_who_made_them() -> None:
     assert "test_verdict.py" in call.site and call.waited and not call.ended and recorder.waiting
     recorder.end(number)
     assert not recorder.waiting and recorder.waited_s > 0 and LastWords.read(recorder.fd).waiting == -1
+    assert list(recorder.waits) == ["tp"]
+    other = recorder.begin(recorder.group("dp", (0, 2)), "all_reduce", 8)
+    recorder.wait(other)
+    recorder.end(other)
+    assert list(recorder.waits) == ["tp", "dp"] and sum(recorder.waits.values()) == recorder.waited_s
 
 
 def test_the_main_threads_stack_is_read_from_a_dump() -> None:

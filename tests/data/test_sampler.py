@@ -117,6 +117,23 @@ def test_a_far_index_needs_no_table() -> None:
         assert peak_bytes < 2 << 20
 
 
+def test_a_far_index_takes_as_many_operations_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements that are permuted: a block's slots, and the samples themselves; whatever the index."""
+    asked: list[int] = []
+
+    def counted(places: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        asked.append(len(places))
+        return permute(places, sizes, keys)
+
+    monkeypatch.setattr("hpcpar.data.sampler.permute", counted)
+    blend = order(100, 1000, weights=[0.3, 0.7])
+    blend.num_train[:] = [300_000_000, 700_000_000]  # as if the stores had that many windows: a billion samples
+    for first in (0, 10**9 // BLOCK * BLOCK):
+        asked.clear()
+        blend.locate(np.arange(first, first + 8))
+        assert asked == [BLOCK, 8]
+
+
 def test_validation_is_apart_from_training() -> None:
     split = order(100, 40, weights=[0.5, 0.5], validation=0.1)
     assert split.num_validation == 10 + 4

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from hpcpar import cli
 from hpcpar.config.load import to_toml
+from hpcpar.data.sampler import SampleOrder
 from hpcpar.data.store import TokenStore
 from hpcpar.train.metrics import read_metrics
 from tests.train.small import make_job, make_store
@@ -40,7 +42,8 @@ def test_one_process_trains_stops_shows_and_generates(place, capsys):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
     assert {"step", "tokens", "loss", "grad_norm", "lr", "step_s", "tokens_per_s", "memory_bytes",
-            "samples_hash"} <= set(lines[0])
+            "samples_hash", "waits_s"} <= set(lines[0])
+    assert [set(line["waits_s"]) for line in lines if "loss" in line] == [{"text"}] * 6
     assert (run / "checkpoints/step-00000006/manifest.json").exists() and any((run / "tensorboard").iterdir())
     assert cli.main(["show", str(run), "--plot"]) == 0
     assert (run / "loss.png").stat().st_size > 5000 and (run / "timeline.png").stat().st_size > 5000
@@ -51,6 +54,19 @@ def test_one_process_trains_stops_shows_and_generates(place, capsys):
     assert cli.main(["generate", str(run), "rank stage", "--tokens", "8"]) == 0
     assert capsys.readouterr().out == first
     assert cli.main(["train", job, "--run", str(run)]) == 0  # nothing left to do
+
+
+def test_only_the_first_step_reads_its_text_itself(place, monkeypatch):
+    readers, read = [], SampleOrder.tokens
+
+    def counted(order, numbers):
+        readers.append(threading.current_thread() is threading.main_thread())
+        return read(order, numbers)
+
+    monkeypatch.setattr(SampleOrder, "tokens", counted)
+    assert cli.main(["train", str(place / "job.toml"), "--run", str(place / "ahead")]) == 0
+    per_step = len(readers) // 6
+    assert len(readers) == 6 * per_step and readers.count(True) == per_step
 
 
 def test_a_folder_without_a_valid_set_is_refused(place, capsys):

@@ -45,7 +45,7 @@ def run_once(world, job, folder):
     """Play `hpcpar train` inside this world; return whether the job is done, and the run."""
     job = resolve(job, world.size)
     run = start_run(job, world, folder, open_order(job), False, lambda action: None)
-    run.waited_s = lambda: world.control.recorder.waited_s
+    run.waits = lambda: dict(world.control.recorder.waits)
     try:
         return train(run, lambda **where: None), run
     finally:
@@ -66,6 +66,7 @@ def test_stop_and_resume_at_other_layouts_equals_an_uninterrupted_run(world, sto
     for layout, steps in pieces:
         assert run_once(world, make_job(store, layout=layout, train={"steps": steps}), folder)[0]
     if world.rank == 0:
+        assert [set(waits) for waits in figures(whole, "mean_waits_s").values()] == [{"tp", "pp", "dp", "all", "text"}]
         assert figures(folder, "samples_hash") == figures(whole, "samples_hash")
         for key in ("loss", "grad_norm", "val_loss"):
             got, want = figures(folder, key), figures(whole, key)
