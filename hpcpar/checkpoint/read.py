@@ -101,13 +101,24 @@ def read_wanted(path: Path, manifest: Manifest, entry: FileEntry, reads: Sequenc
     if entry.start is None:
         return _through_hdf5(file, manifest, reads) if reads else 0
     wanted = _by_box(reads)
+    picks = [(place, stored.box.size or (1,), put, manifest.dtype(kind, stored.tensor))
+             for place, _, kind, stored in manifest.places(entry) if stored in wanted
+             for put in _puts(wanted, kind, stored)]
     with _reporting(file), _open(file) as (descriptor, _):
-        for place, _, kind, stored in manifest.places(entry):
-            if stored in wanted:
-                dtype = manifest.dtype(kind, stored.tensor)
-                for put in _puts(wanted, kind, stored):
-                    total += _pick(descriptor, place, stored.box.size or (1,), put, dtype)
+        for place, size, put, dtype in picks:
+            _ask_ahead(descriptor, place, size, put.part, dtype)
+        for place, size, put, dtype in picks:
+            total += _pick(descriptor, place, size, put, dtype)
     return total
+
+
+def _ask_ahead(descriptor: int, place: int, stored: tuple[int, ...], part: Box, dtype: str) -> None:
+    """Have the disk fetch a part, if its rows are whole or so short that `_pick` reads whole ones: parts are small."""
+    itemsize = bits_of(dtype).itemsize
+    row_bytes = math.prod(stored[1:]) * itemsize
+    if part.size[1:] == stored[1:] or math.prod(part.size[1:]) * itemsize < PAGE_BYTES:
+        os.posix_fadvise(descriptor, place + part.offset[0] * row_bytes, part.size[0] * row_bytes,
+                         os.POSIX_FADV_WILLNEED)
 
 
 def _by_box(reads: Sequence[Read]) -> dict[StoredBox, list[Read]]:
