@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from hpcpar.comm.control import Alone, Control, OverMPI
+from hpcpar.comm.failure import await_reader
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
 
@@ -37,8 +39,11 @@ class World:
         return self.control.size
 
     def abort(self, code: int) -> None:
-        """End all ranks now, without a collective."""
+        """End all ranks now, without a collective; what this one has printed comes through."""
         if self.communicator is not None:
+            for stream in (1, 2):
+                with contextlib.suppress(OSError):
+                    await_reader(stream)
             self.communicator.Abort(code)
         os._exit(code)
 
