@@ -1,4 +1,6 @@
-"""A torch.distributed backend over mpi4py for CPU tensors; it knows nothing of the rest of this project.
+"""A torch.distributed backend over mpi4py; it knows nothing of the rest of this project.
+
+CPU tensors go from where they lie; those of GPUs by way of the host, which lets ranks share one ("cuda:mpi4py").
 
     mpi_backend.register()
     dist.init_process_group("cpu:mpi4py", store=store, rank=MPI.COMM_WORLD.rank, world_size=MPI.COMM_WORLD.size)

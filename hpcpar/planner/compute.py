@@ -35,6 +35,11 @@ class Seconds(NamedTuple):
         """All kinds."""
         return sum(self)
 
+    @property
+    def work(self) -> float:
+        """What a rank does by itself."""
+        return self.matmul + self.attention + self.elementwise
+
 
 @dataclass(frozen=True)
 class Cut:

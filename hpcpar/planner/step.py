@@ -168,7 +168,7 @@ class Pricing:
         parts = dict(kinds._asdict())
         parts["data"] += (exposed + gathered) * self.node.crowd
         parts |= {"bubble": length - kinds.total, "tied": self._tied_s(),
-                  "optimizer": self._update_s(busiest) * self.node.crowd}
+                  "optimizer": self.update_s(busiest) * self.node.crowd}
         return StepTime(sum(parts.values()), parts["bubble"] / kinds.total, parts, {"data": hidden})
 
     def _pipeline_s(self) -> float:
@@ -221,7 +221,7 @@ class Pricing:
             hidden = min(reduce, (1 - TAIL) * backward * (self.num_microbatches if wish.zero == 2 else 1))
         return reduce - hidden + BESIDE * hidden, hidden, gather if wish.zero else 0.0
 
-    def _update_s(self, rank: int) -> float:
+    def update_s(self, rank: int) -> float:
         """Norm, clipping and AdamW on the owned shard."""
         owned = self.rank_numel(rank) / (self.dp_ring.size if self.job.layout.zero else 1)
         chip = self.machine.chip

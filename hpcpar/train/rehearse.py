@@ -31,7 +31,7 @@ from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.planner.plan import make_plan
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, compute_gradients
-from hpcpar.units import format_bytes, format_seconds
+from hpcpar.units import format_bytes
 
 STATES = ("weights", "gradients", "master", "moments")
 
@@ -205,7 +205,11 @@ def describe(layout: Layout, played: Rehearsal) -> str:
         f"{played.flops * layout.num_microbatches / 1e12:.1f} a step",
     ]
     if played.compute_s:
+        mine = [plan.pricing.chunks[chunk] for chunk in layout.chunks_of(at.pp_rank)]
         rate = played.flops * played.num_microbatches / played.compute_s / 1e12
-        lines.append(f"computing     {format_seconds(played.compute_s / played.num_microbatches)} a microbatch "
-                     f"({rate:.2f} TFLOP/s), update {format_seconds(played.update_s)}; no message, no bubble")
+        times = {"a microbatch": (played.compute_s / played.num_microbatches,
+                                  sum(chunk.forward.work + chunk.backward.work for chunk in mine)),
+                 "update": (played.update_s, plan.pricing.update_s(at.pp_rank))}
+        lines += [f"{name:<14}{1e3 * seen:>9.2f} ms{1e3 * said:>9.2f} ms" for name, (seen, said) in times.items()]
+        lines.append(f"computing at  {rate:.2f} TFLOP/s; no message, no bubble")
     return "\n".join(lines)

@@ -6,7 +6,9 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from hpcpar.comm.bootstrap import must_differ
 from hpcpar.comm.groups import open_groups
+from hpcpar.errors import UserError
 from hpcpar.layout.mesh import Mesh
 
 
@@ -59,3 +61,9 @@ def test_every_rank_makes_the_calls_that_its_peers_make(mesh):
         groups = {mesh.group(axis, rank) for rank in range(mesh.size)}
         assert sorted(r for g in groups for r in g) == list(range(mesh.size))
         assert all(mesh.group(axis, rank) == group for group in groups for rank in group)
+
+
+def test_two_ranks_on_one_gpu_are_told_before_nccl_fails():
+    must_differ([("n1", "cuda:0"), ("n1", "cuda:1"), ("n2", "cuda:0")])
+    with pytest.raises(UserError, match="ranks 1 and 3 have the same GPU on n1.*HPCPAR_SHARE_GPUS=1"):
+        must_differ([("n1", "cuda:0"), ("n1", "cuda:1"), ("n2", "cuda:0"), ("n1", "cuda:1")])

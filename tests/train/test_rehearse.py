@@ -15,7 +15,7 @@ from hpcpar.layout.layout import Layout
 from hpcpar.layout.traffic import Call, Traffic
 from hpcpar.parallel.build import build
 from hpcpar.planner.plan import make_plan
-from hpcpar.train.rehearse import STATES, Ledger, rehearse, state_bytes, steady_microbatches
+from hpcpar.train.rehearse import STATES, Ledger, describe, rehearse, state_bytes, steady_microbatches
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, compute_gradients
 from tests.parity.jobs import all_pairs, job_of, name_of, random_tokens
@@ -93,6 +93,7 @@ def test_shapes_take_the_memory_that_tensors_take(recompute):
         assert shapes.memory_bytes == tensors.memory_bytes
         assert shapes.flops == tensors.flops > 0
         assert shapes.compute_s == 0 < tensors.compute_s
+        assert "a microbatch" in describe(layout, tensors) and "on shapes only" in describe(layout, shapes)
 
 
 def test_the_ledger_counts_what_lives():
