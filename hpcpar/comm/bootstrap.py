@@ -77,10 +77,9 @@ def connect(surroundings: Surroundings) -> World:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     seconds["host map"] = time.perf_counter() - start
     device = _device(surroundings, local_rank)
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    check_gpus(communicator.allgather((surroundings.host, gpu)), surroundings.share_gpus)
     over_mpi = device.type == "cpu" or surroundings.share_gpus
-    if not over_mpi:
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
-        must_differ(communicator.allgather((surroundings.host, gpu)))
     return World(OverMPI(communicator), surroundings.host, device, communicator, over_mpi, seconds)
 
 
@@ -122,11 +121,19 @@ def close_process_group() -> None:
         dist.destroy_process_group()
 
 
-def must_differ(gpus: Sequence[tuple[str, str]]) -> None:
-    """Raise UserError, on all ranks alike, where two ranks got the same GPU (host, name): NCCL would only fail."""
+def check_gpus(gpus: Sequence[tuple[str, str]], shared: bool = False) -> None:
+    """Raise UserError, on all ranks alike, where only some ranks found a GPU, or two the same: NCCL would hang or fail.
+
+    `gpus` are (host, the GPU's own name or "") by rank.
+    """
+    if not any(name for _, name in gpus):
+        return
     for rank, gpu in enumerate(gpus):
+        if not gpu[1]:
+            raise UserError("launcher", f"rank {rank} finds no GPU on {gpu[0]}, others have one",
+                            "leave that node out (--exclude), or set HPCPAR_CPU=1 to keep all ranks on CPU")
         first = gpus.index(gpu)
-        if first < rank:
+        if first < rank and not shared:
             raise UserError("launcher", f"ranks {first} and {rank} have the same GPU on {gpu[0]}",
                             "start a rank a GPU and bind it (srun --gpus-per-task=1); HPCPAR_SHARE_GPUS=1 lets ranks "
                             "share one, to try a layout, not for speed; HPCPAR_CPU=1 keeps them on CPU")

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hpcpar.comm.bootstrap import must_differ
+from hpcpar.comm.bootstrap import check_gpus
 from hpcpar.comm.groups import open_groups
 from hpcpar.errors import UserError
 from hpcpar.layout.mesh import Mesh
@@ -63,7 +63,13 @@ def test_every_rank_makes_the_calls_that_its_peers_make(mesh):
         assert all(mesh.group(axis, rank) == group for group in groups for rank in group)
 
 
-def test_two_ranks_on_one_gpu_are_told_before_nccl_fails():
-    must_differ([("n1", "cuda:0"), ("n1", "cuda:1"), ("n2", "cuda:0")])
-    with pytest.raises(UserError, match="ranks 1 and 3 have the same GPU on n1.*HPCPAR_SHARE_GPUS=1"):
-        must_differ([("n1", "cuda:0"), ("n1", "cuda:1"), ("n2", "cuda:0"), ("n1", "cuda:1")])
+def test_gpus_that_cannot_go_together_are_told_before_nccl_hangs():
+    good = [("n1", "a"), ("n1", "b"), ("n2", "a")]
+    check_gpus([("n1", ""), ("n2", "")])
+    check_gpus(good)
+    with pytest.raises(UserError, match=r"ranks 1 and 3 have the same GPU on n1.*HPCPAR_SHARE_GPUS=1"):
+        check_gpus([*good, ("n1", "b")])
+    check_gpus([*good, ("n1", "b")], shared=True)
+    for shared in (False, True):
+        with pytest.raises(UserError, match="rank 3 finds no GPU on n3, others have one"):
+            check_gpus([*good, ("n3", "")], shared)
