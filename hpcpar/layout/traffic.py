@@ -151,7 +151,7 @@ class Traffic:
         layer = (self._enter[0] + self._leave[0]) * 2
         units += [(f"layers.{number}", layer) for number in self.layout.chunks[chunk]]
         if chunk == self._last_chunk:
-            chunks = loss_chunks(self._tokens, self._loss_rows) if self._tp_size > 1 else []
+            chunks = loss_chunks(self._tokens, self._loss_rows, self.layout.element_bytes) if self._tp_size > 1 else []
             loss = [Call("all_gather", "tp", 2 * self._tp_size * size * self._loss_bytes) for size in chunks]
             units += [("final_norm", []), ("head", self._enter[0] + loss)]
         return units

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hpcpar.comm.collectives import gather_flat
 from hpcpar.comm.groups import Groups
+from hpcpar.config.resolve import compiles
 from hpcpar.layout.buckets import Piece, Slot
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.linear import Linear, Vocabulary
@@ -58,7 +59,8 @@ class ShardedOptimizer:
             setattr(module, leaf, parameter)
 
         # the compiler cannot see through a product that writes where it was not told to; it sees no vocabulary
-        takes_sink = Vocabulary if self.layout.job.train.compile else Linear | Vocabulary
+        compiled = compiles(self.layout.job, on_gpu=gradient.flat.own_grads.is_cuda)
+        takes_sink = Vocabulary if compiled else Linear | Vocabulary
         matrices = [module for module in modules if isinstance(module, takes_sink)]
         if leaf == "weight" and matrices:
             sink = Sink(partial(gradient.part, slot), gradient.count, self._put_off)
