@@ -133,7 +133,8 @@ def product_rate() -> float:
 
 
 def clean() -> None:
-    """Give a side's memory back before the next one is built."""
+    """Give a side's memory back before the next one is built; what is compiled would hold on to it."""
+    torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -192,7 +193,18 @@ def profile(step: Step, rows: torch.Tensor) -> None:
     for e in kernels[:14]:
         print(f"    {e.self_device_time_total / total:6.1%} {e.self_device_time_total / 1e3:8.2f} ms "
               f"{e.count:5d} x {e.key[:110]}")
-    print(f"    all kernels {total / 1e3:.1f} ms", flush=True)
+    busy = sorted((e.time_range.start, e.time_range.end, e.name) for e in watched.events()
+                  if str(e.device_type).endswith("CUDA"))
+    gaps, end, before = [], busy[0][1], busy[0][2]
+    for start, stop, name in busy:
+        if start > end:
+            gaps.append((start - end, before, name))
+        if stop > end:
+            end, before = stop, name
+    print(f"    kernels {total / 1e3:.1f} ms; first to last {(end - busy[0][0]) / 1e3:.1f} ms, of which "
+          f"{sum(gap for gap, _, _ in gaps) / 1e3:.1f} ms in {len(gaps)} gaps; the longest:")
+    for length, one, other in sorted(gaps, reverse=True)[:8]:
+        print(f"    {length / 1e3:8.2f} ms between {one[:60]} and {other[:60]}", flush=True)
 
 
 def foretell(machine: str) -> list[dict[str, Any]]:

@@ -171,7 +171,7 @@ def _room(surroundings: Surroundings) -> Iterator[Finding]:
 
 def _ranks(surroundings: Surroundings) -> Iterator[Finding]:
     """Find the other ranks, and see whether they can sum. Every rank must iterate to the end."""
-    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.comm.bootstrap import close_process_group, connect, open_process_group
 
     start = time.perf_counter()
     world = connect(surroundings)
@@ -199,6 +199,7 @@ def _ranks(surroundings: Surroundings) -> Iterator[Finding]:
     yield _sum_up(world.device.type, world.size)
     yield _slowest_link(world.control, probe.measure_links(world.communicator, list(map(str, range(world.size)))))
     watchdog.cancel()
+    close_process_group()
     world.control.barrier()
 
 

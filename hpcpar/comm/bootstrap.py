@@ -116,6 +116,12 @@ def open_process_group(world: World) -> None:
     world.seconds["process group"] = time.perf_counter() - start
 
 
+def close_process_group() -> None:
+    """Free torch.distributed's communicators at a clean end; all ranks must call."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def must_differ(gpus: Sequence[tuple[str, str]]) -> None:
     """Raise UserError, on all ranks alike, where two ranks got the same GPU (host, name): NCCL would only fail."""
     for rank, gpu in enumerate(gpus):

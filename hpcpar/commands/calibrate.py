@@ -32,7 +32,7 @@ def _calibrate(args: argparse.Namespace, words: Words, surroundings: Surrounding
     if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
         raise UserError("out", f"{path} cannot be written", "give a file in a folder of yours")
 
-    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.comm.bootstrap import close_process_group, connect, open_process_group
     from hpcpar.planner.calibration import fit, worst_product
     from hpcpar.planner.hardware import machine_toml
     from hpcpar.train.calibrate import measure
@@ -55,5 +55,6 @@ def _calibrate(args: argparse.Namespace, words: Words, surroundings: Surrounding
         print(f"worst of {len(measured.products)} products {worst:.0%} off"
               + (": something else runs here; calibrate again when the machine is quiet" if worst > BUSY else ""))
         print(f"wrote {path}; next: hpcpar plan JOB --machine.gpu {path}")
+    close_process_group()
     world.control.barrier()
     return 0

@@ -61,7 +61,7 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     check_space(job, folder)
     check_compiler(job, surroundings.gpus)
 
-    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.comm.bootstrap import close_process_group, connect, open_process_group
     from hpcpar.comm.watch import Watch
     from hpcpar.layout.layout import Layout
     from hpcpar.train.loop import start_run, train
@@ -85,6 +85,7 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
         run.waits = lambda: dict(watch.recorder.waits)
         logging.info("bootstrap: %s", ", ".join(f"{k} {v:.3f} s" for k, v in world.seconds.items()))
         done = train(run, watch.note)
+        close_process_group()
     return 0 if done else GO_ON
 
 
@@ -156,7 +157,7 @@ def _parity(args: argparse.Namespace, words: Words, surroundings: Surroundings) 
 
     order = open_order(job)
 
-    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.comm.bootstrap import close_process_group, connect, open_process_group
     from hpcpar.train.parity import compare
 
     world = connect(surroundings)
@@ -164,6 +165,7 @@ def _parity(args: argparse.Namespace, words: Words, surroundings: Surroundings) 
     try:
         open_process_group(world)
         found = compare(job, world, order.tokens, args.steps, tolerance)
+        close_process_group()
     except BaseException:
         traceback.print_exc()
         world.abort(3)  # the others wait in a collective, and MPI's own end would wait for them

@@ -156,6 +156,11 @@ class Machine:
     inside: InsideLink
     across: Link
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether ranks share cores: `cpu`, or what calibrate wrote of some."""
+        return self.name == "cpu" or self.chip.cores > 0
+
     def peak_flops(self, precision: str) -> float:
         """Return the dense peak in FLOP/s."""
         return float(getattr(self.peak_tflops, precision)) * 1e12
@@ -182,9 +187,9 @@ def load_machine(name: str) -> Machine:
 
 
 def is_cpu(name: str) -> bool:
-    """Whether a job's machine.gpu means cores that its ranks share: `cpu`, or what calibrate wrote of some."""
+    """Whether a job's machine.gpu means cores; a name that nobody knows means none."""
     try:
-        return name == "cpu" or load_machine(name).chip.cores > 0
+        return load_machine(name).is_cpu
     except UserError:
         return False
 

@@ -73,7 +73,7 @@ def layer_activation_bytes(model: Model, tp: int, sequence_parallel: bool, micro
     kv = required(model.kv_heads) / model.heads
     inside = required(model.ffn) / hidden * (2 if model.kind == "gpt" else 3 if practice.fused else 4)
     gathered = 1 if practice.keeps_gathered or not sequence_parallel else tp
-    attention = (2 + 2 * kv) / tp
+    attention = (2 + 2 * kv + (practice.fused and model.kind == "llama")) / tp  # there the compiler keeps one more
     scores = 0.0 if practice.flash else model.heads * model.seq / hidden / tp
     if recompute == "selective" and practice.keeps_half_the_products:
         products = 2 + 2 * kv + 1 + required(model.ffn) / hidden * (1 if model.kind == "gpt" else 2)

@@ -13,7 +13,7 @@ from hpcpar.planner.hardware import Machine, load_machine
 from hpcpar.planner.memory import Memory
 from hpcpar.planner.money import Run, whole_run
 from hpcpar.planner.params import total_parameters
-from hpcpar.planner.practice import TRAINER, Practice
+from hpcpar.planner.practice import Practice
 from hpcpar.planner.step import Pricing, StepTime
 
 
@@ -119,7 +119,7 @@ class Plan:
         }
 
 
-def make_plan(job: Job, machine: Machine | None = None, practice: Practice = TRAINER,
+def make_plan(job: Job, machine: Machine | None = None, practice: Practice | None = None,
               exact: bool = True) -> Plan:
     """Foretell a resolved job; `exact` takes states from the buckets themselves, padding included.
 

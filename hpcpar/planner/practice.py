@@ -1,12 +1,15 @@
 """How a piece of software carries a step out, as plain facts: what the planner must know besides shapes and machine.
 
-`TRAINER` is hpcpar itself. Other values describe published systems, so that the same planner can be held against their
+`trainer` is hpcpar itself. Other values describe published systems, so that the same planner can be held against their
 measurements (benchmarks/planner_accuracy.py). Nothing here is fitted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from hpcpar.config.job import Job
+from hpcpar.config.resolve import compiles
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,8 @@ class Practice:
 
 
 TRAINER = Practice(chunked_loss=True)
+
+
+def trainer(job: Job, on_gpu: bool) -> Practice:
+    """Return how hpcpar carries a job out: with compiled layers or without."""
+    return replace(TRAINER, fused=compiles(job, on_gpu))

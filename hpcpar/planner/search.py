@@ -14,7 +14,7 @@ from hpcpar.config.resolve import resolve
 from hpcpar.errors import UserError
 from hpcpar.planner.hardware import Machine, load_machine
 from hpcpar.planner.plan import Plan, make_plan
-from hpcpar.planner.practice import TRAINER, Practice
+from hpcpar.planner.practice import Practice
 from hpcpar.planner.step import Pricing
 from hpcpar.units import format_bytes, format_seconds
 
@@ -38,7 +38,7 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def search(job: Job, num_gpus: int, machine: Machine | None = None, practice: Practice = TRAINER,
+def search(job: Job, num_gpus: int, machine: Machine | None = None, practice: Practice | None = None,
            top: int = 10, finalists: int = FINALISTS) -> Found:
     """Price all layouts of a resolved job's model and batch on `num_gpus`; Raises UserError where nothing fits.
 

@@ -14,7 +14,7 @@ from hpcpar.planner.hardware import Machine
 from hpcpar.planner.memory import ELEMENT_BYTES, Memory, stage_memory
 from hpcpar.planner.network import gather_s, message_s, ring
 from hpcpar.planner.params import Counts, rank_counts
-from hpcpar.planner.practice import TRAINER, Practice
+from hpcpar.planner.practice import TRAINER, Practice, trainer
 from hpcpar.planner.sharing import Node, as_rank_sees, shared_length_s
 from hpcpar.planner.timeline import held, length_s, pipeline_s, played_s, steady_step_s
 
@@ -57,12 +57,13 @@ def chunk_layers(num_layers: int, chunk_ranks: tuple[int, ...], practice: Practi
 
 
 class Pricing:
-    """Prices one resolved job on one machine, as one practice carries it out."""
+    """Prices one resolved job on one machine, as one practice carries it out: hpcpar's own, if none is given."""
 
-    def __init__(self, job: Job, machine: Machine, practice: Practice = TRAINER):
+    def __init__(self, job: Job, machine: Machine, practice: Practice | None = None):
         wish, train = job.layout, job.train
         self.node = Node(min(job.world_size, job.machine.gpus_per_node), machine.chip.cores)
-        self.job, self.whole, self.practice = job, machine, practice
+        self.job, self.whole = job, machine
+        self.practice = practice or trainer(job, on_gpu=not machine.is_cpu)
         self.machine = as_rank_sees(machine, self.node)
         self.dp = required(wish.dp)
         self.num_microbatches = train.global_batch // (self.dp * train.microbatch)
@@ -71,7 +72,7 @@ class Pricing:
         self.dp_ring = ring(machine, self.dp * wish.cp, wish.tp)
         self.own = parse_table(wish, self.num_microbatches) if wish.schedule == "table" else None  # a user's schedule
         self.chunk_ranks = self.own.chunk_ranks if self.own else place_chunks(wish.schedule, wish.pp, wish.chunks)
-        self.layers = chunk_layers(job.model.layers, self.chunk_ranks, practice)
+        self.layers = chunk_layers(job.model.layers, self.chunk_ranks, self.practice)
 
     @cached_property
     def chunks_by_rank(self) -> list[list[int]]:

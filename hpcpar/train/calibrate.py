@@ -1,7 +1,7 @@
 """Measures this machine for the planner: products, attention, memory, and exchanges where there are several ranks.
 
-All ranks measure at once, as they train at once: what they share (cores, memory, links) is measured shared. On GPUs
-this has not been run yet.
+All ranks measure at once, as they train at once: what they share (cores, memory, links) is measured shared. GPUs
+are measured by large work alone: small work is bound by the host, which in training runs ahead.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ WINDOW_S = 0.5  # of every measurement
 WEIGHTS_BYTES = 32 * 2**20  # of weights that take turns: in training, they have left the cache when their turn comes
 EXCHANGES = (16 * 2**10, 128 * 2**10, 2**20, 4 * 2**20)  # bytes
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# tokens x out x in, from a small model's share of tp 8 to a large model's layer; the last two on GPUs only
+# tokens x out x in, from a small model's share of tp 8 to a large model's layer: of cores, of GPUs
 SHAPES = ((128, 64, 256), (512, 64, 512), (512, 256, 64), (512, 512, 512), (256, 1024, 256), (256, 256, 1024),
           (64, 64, 512), (512, 512, 128), (1024, 1024, 1024), (2048, 512, 2048), (512, 2048, 512), (304, 1216, 512))
-LARGE = ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 2048, 8192), (8192, 8192, 2048), (2048, 16384, 4096))
+LARGE = ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 2048, 8192), (8192, 8192, 2048), (2048, 16384, 4096),
+         (16384, 2048, 2048), (4096, 1024, 4096), (2048, 8192, 16384))
 # batch x seq x heads x channels of attention
 CORES = ((4, 128, 2, 64), (2, 256, 4, 64))
-LARGE_CORES = ((1, 2048, 16, 128), (2, 4096, 16, 128))
+LARGE_CORES = ((8, 2048, 16, 128), (2, 4096, 16, 128), (1, 8192, 32, 128))
+# tokens x hidden between products
+MOVED = ((16, 64), (128, 256), (512, 256), (512, 512))
+LARGE_MOVED = ((8192, 2048), (16384, 2048), (8192, 4096))
 
 
 @dataclass(frozen=True)
@@ -111,14 +115,14 @@ def measure(world: World, say: Callable[[str], None]) -> Measured:
     memory = facts.total_memory if facts else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     say(f"1/4 matrix products in {precision}, attention ({'GPU' if gpu else f'{watch.cores} cores'}, "
         f"{node.ranks} ranks on each of {node.count} nodes)")
-    products = [_product(watch, world.device, DTYPES[precision], *shape) for shape in SHAPES + (LARGE if gpu else ())]
+    products = [_product(watch, world.device, DTYPES[precision], *shape) for shape in (LARGE if gpu else SHAPES)]
     flops = {name: _rate(watch, world.device, dtype, 4096 if gpu else 512) for name, dtype in DTYPES.items()}
     flops[precision] = max(2 * p.m * p.n * p.k / p.seconds for p in products)
     cores = [_attention(watch, world.device, DTYPES[precision], *shape)
-             for shape in CORES + (LARGE_CORES if gpu else ())]
+             for shape in (LARGE_CORES if gpu else CORES)]
     say("2/4 memory")
     moved = [_layer_between(watch, world.device, DTYPES[precision], tokens, hidden)
-             for tokens, hidden in ((16, 64), (128, 256), (512, 256), (512, 512), *(((8192, 4096),) if gpu else ()))]
+             for tokens, hidden in (LARGE_MOVED if gpu else MOVED)]
     copied = _copy_rate(watch, world.device)
     inside: list[Exchange] = []
     across: list[Exchange] = []

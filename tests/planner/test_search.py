@@ -31,12 +31,10 @@ def test_the_search_finds_no_slower_layout_than_yuans() -> None:
 
 
 def test_530b_on_2240_gpus_keeps_tp_8() -> None:
-    """As its authors chose, whose loss held whole logits; one in chunks leaves room for tp 4 in a V of 35 stages."""
-    assert search(mt_nlg(), 2240, practice=Practice()).best[0].job.layout.tp == 8
-    best = search(mt_nlg(), 2240).best
-    assert best[0].job.layout.tp == 4 and best[0].job.layout.schedule == "zbv"
-    kept = next(plan for plan in best if plan.job.layout.tp == 8)
-    assert best[0].fits and kept.time.total < 1.1 * best[0].time.total
+    """As its authors chose, whose loss held whole logits; one in chunks changes nothing here."""
+    for practice in (Practice(), None):
+        best = search(mt_nlg(), 2240, practice=practice).best[0]
+        assert best.fits and best.job.layout.tp == 8 and best.job.layout.pp == 35
 
 
 def test_200b_on_2048_devices_is_no_worse_than_published() -> None:
