@@ -98,3 +98,11 @@ def world() -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(**vars(found), rank=found.rank, size=found.size, comm=found.communicator, store=store)
     dist.destroy_process_group()
     found.control.barrier()  # rank 0 serves the store until the last rank is done with it
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ranks of one host share no memory, as if each had a host of its own: ZeRO 3 gathers weights."""
+    from hpcpar.comm.mpi_backend import MPIProcessGroup
+
+    monkeypatch.setattr(MPIProcessGroup, "shared", lambda *_: None)

@@ -25,9 +25,10 @@ _NEWEST_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_int
 _NEWEST_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather_flat(out: Tensor, part: Tensor, group: Group) -> None:
+def gather_flat(out: Tensor, part: Tensor, group: Group, async_op: bool = False) -> dist.Work | None:
     """All-gather equal parts into `out`, in group order. `part` may be the rank's own piece of `out`."""
-    _NEWEST_GATHER(out, part, group=group)
+    work: dist.Work | None = _NEWEST_GATHER(out, part, group=group, async_op=async_op)
+    return work
 
 
 def reduce_scatter_flat(out: Tensor, whole: Tensor, group: Group, async_op: bool = False) -> dist.Work | None:
@@ -36,14 +37,24 @@ def reduce_scatter_flat(out: Tensor, whole: Tensor, group: Group, async_op: bool
     return work
 
 
-def zeros_of(group: Group | None, numel: int, dtype: torch.dtype, device: torch.device, common: bool = False) -> Tensor:
-    """Return zeros [numel], in memory that the group shares where its backend has such: reductions then copy nothing.
+def shared_zeros(group: Group | None, numel: int, dtype: torch.dtype, device: torch.device,
+                 common: bool = False) -> Tensor | None:
+    """Return zeros [numel] in memory that the group shares, or None where its backend has none.
 
-    `common`: there all ranks get the same memory, so that gathering each one's part moves nothing; it must not be
+    `common`: all ranks get the same memory, so that gathering each one's part moves nothing; it must not be
     written while another rank may read it. All ranks of the group must call.
     """
     shared = getattr(group, "shared", None)
     found: Tensor | None = shared(numel, dtype, common) if shared is not None and device.type == "cpu" else None
+    return found
+
+
+def zeros_of(group: Group | None, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros [numel], in memory that the group shares where its backend has such: reductions then copy nothing.
+
+    All ranks of the group must call.
+    """
+    found = shared_zeros(group, numel, dtype, device)
     return torch.zeros(numel, dtype=dtype, device=device) if found is None else found
 
 

@@ -50,8 +50,8 @@ class LayoutWish:
                                                            "own; pipedream and 2bw on paper only (show --schedule)")
     table: str | tuple[str, ...] = option((), "schedule = table: a file with a line a pipeline rank such as "
                                               "0F0,0F1,0B0,0B1 (chunk, F B I or W, microbatch), or these lines")
-    zero: Literal[0, 1, 2, 3] = option(1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights too "
-                                          "(2 and 3 on paper only)")
+    zero: Literal[0, 1, 2, 3] = option(1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights "
+                                          "too")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "
                                                                      "attention block, the layer")

@@ -60,7 +60,7 @@ def _divisors(*numbers: int) -> list[int]:
 
 def _check_runs(job: Job) -> None:
     """Refuse what the planner can price and the trainer cannot run."""
-    for name in ("cp", "ep", "zero"):
+    for name in ("cp", "ep"):
         value = getattr(job.layout, name)
         _require(value <= 1, f"layout.{name}", f"is {value}, but this version only runs {name} = 1",
                  f"write {name} = 1")

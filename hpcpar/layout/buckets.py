@@ -7,6 +7,7 @@ reduced gradient, keeps their master weights and moments, and stores them. Paddi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from hpcpar.layout.boxes import Box, flat_range_boxes
@@ -32,13 +33,19 @@ class Slot:
 class Bucket:
     """A flat run of parameters with equal treatment.
 
-    `late` buckets need another reduction (over tp, or with the tied copy) before the one over dp, so that they wait
-    for the end of backward; the others are reduced as soon as their last gradient is there.
+    It is reduced over dp as soon as its last gradient is there. `late` names what its gradients need besides, after the
+    last backward and on the owned shard alone, since sums may change places: "tp", a sum over tp; "kv", a sum over the
+    tp ranks that share a kv head; "tied", the other end's gradient of a tied embedding; "" is nothing.
     """
 
     slots: tuple[Slot, ...]
     numel: int
-    late: bool
+    late: str
+
+    @property
+    def unit(self) -> str:
+        """The network's part that its parameters belong to, where buckets are cut by units."""
+        return self.slots[0].parameter.unit
 
     def shard(self, num_shards: int, index: int) -> tuple[int, int]:
         """Return the (start, stop) that a dp rank owns."""
@@ -57,29 +64,30 @@ class Piece:
 
 
 def make_buckets(
-    parameters: tuple[Parameter, ...], late: frozenset[str], tp_size: int, tp_rank: int, num_shards: int, limit: int
+    parameters: tuple[Parameter, ...], late: Callable[[Parameter], str], apart: Callable[[Parameter], Hashable],
+    tp_size: int, tp_rank: int, num_shards: int, limit: int
 ) -> tuple[Bucket, ...]:
-    """Pack a stage's parameters into buckets of about `limit` elements, in the order that backward finishes them.
+    """Pack a stage's parameters into buckets of about `limit` elements, in the order in which backward finishes them.
 
-    `late` names the parameters of late buckets. A tied embedding gets a bucket of its own, so that both stages that
-    hold it reduce the same flat run in the same order and stay bit-equal.
+    Parameters between which `late` or `apart` differ are not put together. Late buckets have no limit. A tied embedding
+    so gets a bucket of its own, and both stages that hold it reduce the same flat run in the same order.
     """
-    early = [p for p in reversed(parameters) if p.name not in late]
-    runs: list[tuple[list[Parameter], bool]] = [([], False)]
-    filled = 0
-    for parameter in early:
-        if filled >= limit:
-            runs.append(([], False))
-            filled = 0
-        runs[-1][0].append(parameter)
-        filled += math.prod(parameter.local_shape(tp_size, tp_rank))
-    rest = [p for p in parameters if p.name in late]
-    runs.append(([p for p in rest if not p.is_vocabulary], True))
-    runs += [([p], True) for p in rest if p.is_vocabulary]
-    return tuple(_pack(ps, is_late, tp_size, tp_rank, num_shards) for ps, is_late in runs if ps)
+    runs: dict[Hashable, list[list[int]]] = {}
+    filled: dict[Hashable, int] = {}
+    for index in reversed(range(len(parameters))):
+        parameter = parameters[index]
+        key = late(parameter), apart(parameter)
+        if key not in runs or (filled[key] >= limit and not late(parameter)):
+            runs.setdefault(key, []).append([])
+            filled[key] = 0
+        runs[key][-1].append(index)
+        filled[key] += math.prod(parameter.local_shape(tp_size, tp_rank))
+    finished = sorted((run for of_key in runs.values() for run in of_key), key=lambda run: -run[-1])
+    return tuple(_pack([parameters[i] for i in run], late(parameters[run[0]]), tp_size, tp_rank, num_shards)
+                 for run in finished)
 
 
-def _pack(parameters: list[Parameter], late: bool, tp_size: int, tp_rank: int, num_shards: int) -> Bucket:
+def _pack(parameters: list[Parameter], late: str, tp_size: int, tp_rank: int, num_shards: int) -> Bucket:
     slots, start = [], 0
     for parameter in parameters:
         slot = Slot(parameter, start, parameter.local_shape(tp_size, tp_rank), parameter.box(tp_size, tp_rank))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -9,7 +11,7 @@ from hpcpar.config.job import Job, required
 from hpcpar.layout.buckets import Bucket, Piece, make_buckets, owned_pieces
 from hpcpar.layout.mesh import Mesh
 from hpcpar.layout.parameters import Parameter, parameter_table
-from hpcpar.layout.schedule import Action, Schedule, forward_only, make_programs, make_schedule, place_chunks
+from hpcpar.layout.schedule import Action, Kind, Schedule, forward_only, make_programs, make_schedule, place_chunks
 from hpcpar.layout.schedule.table import parse_table
 from hpcpar.layout.stages import chunk_parameters, split_layers
 
@@ -38,6 +40,15 @@ class Layout:
     def table(self) -> tuple[Parameter, ...]:
         """The model's parameters."""
         return parameter_table(self.job.model)
+
+    @property
+    def output_matrix(self) -> str:
+        """The name of the parameter that scores."""
+        return "embedding.token.weight" if self.job.model.tied else "head.weight"
+
+    def unit_of_weights(self, unit: str) -> str:
+        """Name the unit whose parameters a unit computes with: a tied head scores with the embedding's."""
+        return "embedding" if unit == "head" and self.job.model.tied else unit
 
     @cached_property
     def chunk_ranks(self) -> tuple[int, ...]:
@@ -72,6 +83,16 @@ class Layout:
         return self.mesh.dp_size if self.job.layout.zero else 1
 
     @property
+    def shards_gradients(self) -> bool:
+        """Whether a rank keeps only its owned gradients between microbatches (ZeRO 2 and 3)."""
+        return self.num_shards > 1 and self.job.layout.zero >= 2
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a rank keeps only its owned weights, and gathers a unit's while it computes with them (ZeRO 3)."""
+        return self.num_shards > 1 and self.job.layout.zero == 3
+
+    @property
     def element_bytes(self) -> int:
         """Bytes of an element of weights and activations."""
         return {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}[self.job.train.precision]
@@ -92,11 +113,17 @@ class Layout:
                 for p in chunk_parameters(self.table, self.chunks, chunk, self.job.model.tied)]
         return tuple(dict.fromkeys(held))  # in a V one stage may have both uses of a tied embedding
 
-    def is_late(self, parameter: Parameter) -> bool:
-        """Whether a gradient needs another sum before the one over dp: partial over tp, shared kv head, tied copy."""
-        partial = parameter.partial and self.sequence_parallel
-        tied = self.tied_across_stages and parameter.name == "embedding.token.weight"
-        return partial or tied or parameter.shared_by(self.mesh.tp_size) > 1
+    def late(self, parameter: Parameter) -> str:
+        """Name what a gradient needs besides the sum over dp, in the words of `Bucket`; mostly nothing."""
+        if self.tied_across_stages and parameter.name == "embedding.token.weight":
+            return "tied"
+        if parameter.partial and self.sequence_parallel:
+            return "tp"
+        return "kv" if parameter.shared_by(self.mesh.tp_size) > 1 else ""
+
+    def is_put_off(self, parameter: Parameter) -> bool:
+        """Whether a gradient is computed by W: a layer's matrix, where the schedule splits backwards."""
+        return parameter.layer is not None and parameter.decayed and self.splits_backward
 
     def buckets(self, pp_rank: int, tp_rank: int) -> tuple[Bucket, ...]:
         """Pack a (stage, tp rank)'s parameters; equal on all dp ranks, and kept: a save asks for every rank's."""
@@ -111,9 +138,31 @@ class Layout:
 
     def _pack(self, pp_rank: int, tp_rank: int) -> tuple[Bucket, ...]:
         parameters = self.parameters(pp_rank)
-        late = frozenset(p.name for p in parameters if self.is_late(p))
         limit = int(self.job.layout.bucket_mib * 2**20 / 4)
-        return make_buckets(parameters, late, self.mesh.tp_size, tp_rank, self.num_shards, limit)
+
+        def apart(parameter: Parameter) -> Hashable:
+            # what an action does not finish as a whole would be held whole until another one does
+            return (parameter.unit, self.is_put_off(parameter)) if self.shards_gradients else None
+
+        return make_buckets(parameters, self.late, apart, self.mesh.tp_size, tp_rank, self.num_shards, limit)
+
+    def contributions(self, pp_rank: int, bucket: Bucket) -> Counter[tuple[Kind, int]]:
+        """Count what each action on a chunk adds to a bucket's gradient: one for every use of a parameter."""
+        mine, last = self.chunks_of(pp_rank), len(self.chunks) - 1
+        home = {layer: chunk for chunk in mine for layer in self.chunks[chunk]}
+        found: Counter[tuple[Kind, int]] = Counter()
+        for parameter in (slot.parameter for slot in bucket.slots):
+            if parameter.layer is not None:
+                of_split = Kind.BACKWARD_WEIGHT if self.is_put_off(parameter) else Kind.BACKWARD_INPUT
+                uses = [(kind, home[parameter.layer]) for kind in (Kind.BACKWARD, of_split)]
+            else:
+                chunk = last if parameter.unit == "final_norm" else 0
+                looks_up = parameter.unit in ("embedding", "final_norm") and chunk in mine
+                uses = [(kind, chunk) for kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) if looks_up]
+                if parameter.name == self.output_matrix and last in mine:  # its gradient comes with the loss
+                    uses.append((Kind.FORWARD, last))
+            found.update(uses)
+        return found
 
     @property
     def num_microbatches(self) -> int:
@@ -127,7 +176,7 @@ class Layout:
             return parse_table(wish, num_microbatches)
         return make_schedule(wish.schedule, self.mesh.pp_size, num_microbatches, wish.chunks)
 
-    @property
+    @cached_property
     def splits_backward(self) -> bool:
         """Whether some weight gradients are computed apart."""
         return self.schedule(self.num_microbatches).splits

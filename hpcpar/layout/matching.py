@@ -16,7 +16,7 @@ from typing import NamedTuple
 from hpcpar.errors import HpcparError
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.mesh import Mesh
-from hpcpar.layout.schedule import SENDS, Action, Kind, receive_of
+from hpcpar.layout.schedule import COMPUTE, SENDS, Action, Kind, receive_of
 from hpcpar.layout.traffic import Call, Traffic
 
 GROUPS = ("tp", "dp", "pp_forward", "pp_backward", "everyone")
@@ -61,23 +61,20 @@ class Matched:
 
 
 def moves_of_layout(layout: Layout, num_microbatches: int) -> Callable[[int], Sequence[Move]]:
-    """Return a function from a global rank to its moves in a step; dp ranks of a (stage, tp rank) share one list.
+    """Return a function from a global rank to its moves in a step; ranks of a stage with buckets alike share one list.
 
-    Early reductions are posted during the last backward and overlap with what follows; they stand after it here.
+    Sums over dp are posted and overlap with what follows; here ranks stand at them.
     """
-    played: dict[int, list[Move]] = {}
-    known: dict[tuple[int, int], list[Move]] = {}
+    known: dict[tuple[int, ...], list[Move]] = {}
 
     def moves(global_rank: int) -> list[Move]:
         at = layout.mesh.coordinates(global_rank)
-        if at.pp_rank not in played:
-            played[at.pp_rank] = _played(Traffic(layout, at), layout.program(at.pp_rank, num_microbatches))
-        if (at.pp_rank, at.tp_rank) not in known:
+        key = at.pp_rank, *(bucket.numel for bucket in layout.buckets(at.pp_rank, at.tp_rank))
+        if key not in known:
             traffic = Traffic(layout, at)
-            known[at.pp_rank, at.tp_rank] = [
-                *played[at.pp_rank], *_in_groups(traffic.early_reductions), Move(DRAIN),
-                *_in_groups(traffic.late_reductions), *_in_groups(traffic.update)]
-        return known[at.pp_rank, at.tp_rank]
+            known[key] = [*_played(traffic, layout.program(at.pp_rank, num_microbatches)), Move(DRAIN),
+                          *_in_groups(traffic.late_reductions), *_in_groups(traffic.update)]
+        return known[key]
 
     return moves
 
@@ -85,17 +82,17 @@ def moves_of_layout(layout: Layout, num_microbatches: int) -> Callable[[int], Se
 def _played(traffic: Traffic, program: Sequence[Action]) -> list[Move]:
     """List what a stage's actions make a rank do; a computation waits for the message that it reads."""
     received = {action for action in program if action.kind in READS.values()}
-    computed: dict[tuple[Kind, int], list[Move]] = {}
+    computed: dict[int, list[Move]] = {}  # by the identity of calls, which Traffic makes once
     moves: list[Move] = []
-    for action in program:
-        if action.kind in READS:
-            reads = action._replace(kind=READS[action.kind])
-            moves += [Move(AWAIT, message=reads)] if reads in received else []
-            if (action.kind, action.chunk) not in computed:
-                computed[action.kind, action.chunk] = _in_groups(traffic.during(action))
-            moves += computed[action.kind, action.chunk]
-        elif action.kind is not Kind.BACKWARD_WEIGHT:
-            calls = traffic.during(action)
+    for action, calls in traffic.played(program):
+        if action.kind in COMPUTE:
+            if action.kind in READS:
+                reads = action._replace(kind=READS[action.kind])
+                moves += [Move(AWAIT, message=reads)] if reads in received else []
+            if id(calls) not in computed:
+                computed[id(calls)] = _in_groups(calls)
+            moves += computed[id(calls)]
+        else:
             meets = receive_of(action) if action.kind in SENDS else action
             moves.append(Move(POST, calls[0].group, calls, meets))
     return moves

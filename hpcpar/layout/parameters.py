@@ -46,6 +46,11 @@ class Parameter:
         """Global layer number, or None outside the layers."""
         return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
 
+    @property
+    def unit(self) -> str:
+        """The part of the network that it belongs to: "embedding", "layers.3", "final_norm" or "head"."""
+        return ".".join(self.name.split(".")[:1 if self.layer is None else 2])
+
     def box(self, tp_size: int, tp_rank: int) -> Box:
         """Return the part that a tp rank holds."""
         offset, size = [0] * len(self.shape), list(self.shape)

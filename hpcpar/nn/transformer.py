@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,6 +111,11 @@ class Embedding(nn.Module):
         return x + self.position.weight[self.first_position:self.first_position + x.shape[1]]
 
 
+def run_unit(name: str, compute: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    """Compute a part of the network, named as its parameters are."""
+    return compute(x, *rest)
+
+
 class Transformer(nn.Module):
     """A range of layers; the first stage also embeds, the last also norms and scores.
 
@@ -132,6 +137,7 @@ class Transformer(nn.Module):
         self.vocab_rows = model.vocab  # rows of the local output matrix that are not padding
         self.head_loss: Callable[[Tensor, Vocabulary, Tensor, float], Tensor] = partial(head_loss, z_loss=model.z_loss)
         self.run_block: Callable[[Block, Tensor, Tensor | None, Draw | None], Tensor] = Block.__call__
+        self.run: Callable[..., Tensor] = run_unit
         self._rotary: Tensor | None = None
 
     def forward(self, x: Tensor, targets: Tensor | None = None, draw: Draw | None = None,
@@ -143,17 +149,26 @@ class Transformer(nn.Module):
         else logits [batch, seq, vocab(/tp)].
         """
         if self.first:
-            x = dropout(self.embedding(x), self.model.dropout, draw, "embedding")
+            x = dropout(self.run("embedding", self.embedding, x), self.model.dropout, draw, "embedding")
         rotary = self._rotary_for(x) if self.model.kind == "llama" else None
         for block in self.blocks():
-            x = self.run_block(block, x, rotary, draw)
+            x = self.run(block.name, partial(self.run_block, block), x, rotary, draw)
         if not self.last:
             return x
+        x = self.enter_head(self.run("final_norm", self.final_norm, x))
+        return self.run("head", self.score, x, targets, loss_factor)
+
+    def score(self, x: Tensor, targets: Tensor | None, loss_factor: float) -> Tensor:
+        """Map the normed [batch, seq, hidden] to what `forward` returns on the last stage."""
         scores = self.embedding.token if self.model.tied else self.head
-        x = self.enter_head(self.final_norm(x))
         if targets is None:
             return scores.score(x)[..., :self.vocab_rows]
         return self.head_loss(x, scores, targets, loss_factor)
+
+    def units(self) -> list[str]:
+        """Name what `forward` runs, in order."""
+        return (["embedding"] if self.first else []) + [block.name for block in self.blocks()] \
+            + (["final_norm", "head"] if self.last else [])
 
     def blocks(self) -> list[Block]:
         """List the layers held here, in order."""

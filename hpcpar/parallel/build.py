@@ -12,6 +12,7 @@ from hpcpar.config.resolve import compiles
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
+from hpcpar.parallel.gathering import apply_gathering
 from hpcpar.parallel.gradients import PutOff
 from hpcpar.parallel.loss import HeadLoss, chunk_loss
 from hpcpar.parallel.pipeline import Pipeline
@@ -46,6 +47,7 @@ def build(layout: Layout, groups: Groups, device: torch.device,
             _compile(network, whole_layers=groups.tp is None and
                      job.model.dropout == 0 and job.layout.recompute != "selective")
         apply_recompute(network, job.layout.recompute)
+        apply_gathering(network, layout, optimizer.buckets)
     seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq
     neighbours = Neighbours(groups, layout.chunk_ranks, dtype, device)
     return Pipeline(chunks, neighbours, (seq, job.model.hidden), note, put_off), optimizer
@@ -53,7 +55,7 @@ def build(layout: Layout, groups: Groups, device: torch.device,
 
 def initialise(optimizer: ShardedOptimizer, seed: int) -> None:
     """Give the weights their first values; a dp rank computes only the shard that it owns."""
-    device = optimizer.buckets[0].weights.device
+    device = optimizer.buckets[0].own_weights.device
     optimizer.fill(lambda piece: initial_values(piece.parameter, piece.box, seed, device))
 
 

@@ -23,15 +23,15 @@ PutOff = list[Callable[[], None]]  # matrix products still to be done
 
 
 class Sink:
-    """Where one matrix's gradient goes: `main`, its view of the bucket, in the main dtype.
+    """Where one matrix's gradient goes: `place()` is its view of the bucket at the moment, in the main dtype.
 
     `done` is called after every contribution: a microbatch brings one for every use of the matrix. With `put_off`
     backward does not do the products but adds them to that list.
     """
 
-    def __init__(self, main: Tensor, done: Callable[[], None], put_off: PutOff | None = None):
-        self.main, self.done, self.put_off = main, done, put_off
-        self.empty = True  # what lies in `main` is last step's
+    def __init__(self, place: Callable[[], Tensor], done: Callable[[], None], put_off: PutOff | None = None):
+        self.place, self.done, self.put_off = place, done, put_off
+        self.empty = True  # what lies there is of another step
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
@@ -50,7 +50,8 @@ class Sink:
 
     def accumulate(self, grad: Tensor, x: Tensor) -> None:
         """Add grad^T x, a part of a contribution; `grad` may leave out the last rows of a padded vocabulary."""
-        main, padding = self.main[:grad.shape[1]], self.main[grad.shape[1]:]
+        whole = self.place()
+        main, padding = whole[:grad.shape[1]], whole[grad.shape[1]:]
         if self.empty:
             padding.zero_()
         if grad.dtype != main.dtype and grad.is_cuda:
@@ -68,9 +69,10 @@ class Sink:
 
     def add_rows(self, numbers: Tensor, grad: Tensor) -> None:
         """Add grad [tokens, width] to the rows numbers [tokens], in a fixed order."""
+        main = self.place()
         if self.empty:
-            self.main.zero_()
-        self.main.index_put_((numbers,), grad.to(self.main.dtype), accumulate=True)
+            main.zero_()
+        main.index_put_((numbers,), grad.to(main.dtype), accumulate=True)
         self.empty = False
         self.done()
 

@@ -30,17 +30,20 @@ def find_drift(optimizer: ShardedOptimizer) -> str:
     mesh, rank = layout.mesh, layout.mesh.rank(groups.at)
     sums: dict[str, Tensor] = {}
     cut: set[str] = set()
+    sharded: set[str] = set()  # over dp: nobody has a copy
     for flat in optimizer.buckets:
         for slot in flat.bucket.slots:
-            sums[slot.parameter.name] = bit_sum(flat.weights[slot.start:slot.start + slot.numel])
+            sums[slot.parameter.name] = bit_sum(flat.kept(slot))
             if slot.parameter.tp_dim is not None:
                 cut.add(slot.parameter.name)
+            if flat.gathers:
+                sharded.add(slot.parameter.name)
     found = [_compare({n: s for n, s in sums.items() if n not in cut}, groups.tp, mesh.group("tp", rank), "tp"),
-             _compare(sums, groups.dp, mesh.group("dp", rank), "dp")]
+             _compare({n: s for n, s in sums.items() if n not in sharded}, groups.dp, mesh.group("dp", rank), "dp")]
     if layout.tied_across_stages:
         tied = "embedding.token.weight"
         ends = (0, mesh.pp_size - 1)
-        zero = torch.zeros((), dtype=torch.int64, device=optimizer.buckets[0].weights.device)
+        zero = torch.zeros((), dtype=torch.int64, device=optimizer.buckets[0].own_weights.device)
         found.append(_compare({tied: sums.get(tied, zero)}, groups.pp_forward, mesh.group("pp", rank), "pp", ends))
     return next((text for text in found if text), "")
 

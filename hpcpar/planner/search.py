@@ -156,7 +156,7 @@ def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda j
 
 def trainable(job: Job) -> bool:
     """Whether hpcpar can train such a layout today, and not only plan it."""
-    return job.layout.cp == 1 and job.layout.ep == 1 and job.layout.zero <= 1
+    return job.layout.cp == 1 and job.layout.ep == 1
 
 
 def layout_of(plan: Plan) -> dict[str, Any]:

@@ -147,8 +147,9 @@ def _compare_tensors(trainee: Trainee, want: Snapshot, clip: float, step: int, t
 
 
 def _compare_gathered(flat: FlatBucket, want: Snapshot, step: int, tolerance: float, found: Parity) -> None:
+    whole = flat.whole_weights()
     for slot in flat.bucket.slots:
-        here = flat.weights[slot.start:slot.start + slot.box.numel]
+        here = whole[slot.start:slot.start + slot.box.numel]
         name = slot.parameter.name
         found.tensor("weights", name, step, here, want.weights[name][slot.box.slices()], tolerance)
 

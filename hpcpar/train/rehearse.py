@@ -100,9 +100,7 @@ def state_bytes(optimizer: ShardedOptimizer) -> dict[str, int]:
     found: dict[str, int] = dict.fromkeys(STATES, 0)
     seen: set[int] = set()
     for flat in optimizer.buckets:
-        tensors = {"weights": [flat.weights], "gradients": [flat.grads], "master": [flat.shard["weight"]],
-                   "moments": [flat.shard["exp_avg"], flat.shard["exp_avg_sq"]]}
-        for category, held in tensors.items():
+        for category, held in flat.kept_tensors().items():
             for storage in (tensor.untyped_storage() for tensor in held):
                 found[category] += storage.nbytes() if id(storage) not in seen else 0
                 seen.add(id(storage))

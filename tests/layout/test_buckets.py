@@ -53,7 +53,7 @@ def test_late_parameters_are_apart_and_equal_on_all_tp_ranks(tables: dict[str, d
     for stage in range(layout.mesh.pp_size):
         per_rank = [layout.buckets(stage, tp_rank) for tp_rank in range(layout.mesh.tp_size)]
         for bucket in per_rank[0]:
-            assert {layout.is_late(slot.parameter) for slot in bucket.slots} == {bucket.late}
+            assert {layout.late(slot.parameter) for slot in bucket.slots} == {bucket.late}
         shapes = [[(b.numel, b.late, [(s.parameter.name, s.start) for s in b.slots]) for b in bs] for bs in per_rank]
         assert all(shape == shapes[0] for shape in shapes)
 
@@ -61,7 +61,7 @@ def test_late_parameters_are_apart_and_equal_on_all_tp_ranks(tables: dict[str, d
 def test_what_is_late() -> None:
     def late(tables: dict[str, dict[str, Any]]) -> set[str]:
         layout = make(tables)
-        return {p.name.split(".", 2)[-1] if p.layer is not None else p.name for p in layout.table if layout.is_late(p)}
+        return {p.name.split(".", 2)[-1] if p.layer is not None else p.name for p in layout.table if layout.late(p)}
 
     assert late(CASES[0]) == set()
     norms = {"attention_norm.weight", "attention_norm.bias", "mlp_norm.weight", "mlp_norm.bias", "final_norm.weight",

@@ -50,7 +50,7 @@ def test_yuan_in_words() -> None:
     assert not [line for line in text.splitlines() if line.startswith("rank ")]
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [0, 1, 3])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("tp", "pp", "dp", "schedule"), [
     (1, 1, 1, "1f1b"), (4, 1, 1, "1f1b"), (1, 3, 1, "1f1b"), (1, 1, 3, "1f1b"), (2, 2, 2, "1f1b"), (4, 3, 2, "1f1b"),

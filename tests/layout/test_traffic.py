@@ -41,7 +41,7 @@ def test_gradients_and_weights_cross_dp_once():
     """ZeRO-1 with fp32 gradients and 2-byte weights: (4 + 2) (d-1)/d bytes an element, padding included."""
     of = traffic(tp=1, dp=4)
     numel = sum(b.numel for b in of.layout.buckets(0, 0))
-    calls = [c for c in of.early_reductions + of.late_reductions + of.update if c.group == "dp"]
+    calls = [c for c in of.step(of.layout.program(0, of.layout.num_microbatches)) if c.group == "dp"]
     assert sum(wire_bytes(c, 4) for c in calls) == pytest.approx(numel * 6 * 3 / 4)
 
 

@@ -18,8 +18,9 @@ from tests.parity.jobs import all_pairs, job_of, name_of, random_tokens
 
 pytestmark = pytest.mark.mpi
 EIGHT = [c for c in all_pairs() if c["mesh"][0] * c["mesh"][1] * c["mesh"][2] == 8][::4]
-CHUNKED = [{**EIGHT[0], "mesh": mesh, "schedule": schedule} for mesh, schedule in
-           [((2, 2, 2), "interleaved"), ((1, 4, 2), "zbv"), ((2, 4, 1), "dualpipev"), ((1, 2, 4), "breadth-first")]]
+CHUNKED = [{**EIGHT[0], "mesh": mesh, "schedule": schedule, "zero": zero} for mesh, schedule, zero in
+           [((2, 2, 2), "interleaved", 3), ((1, 4, 2), "zbv", 2), ((2, 4, 1), "dualpipev", 1),
+            ((1, 2, 4), "breadth-first", 2), ((2, 2, 2), "zero-bubble", 3), ((1, 2, 4), "dualpipev", 3)]]
 
 
 @pytest.fixture
@@ -56,14 +57,17 @@ def by_group(calls):
     return dict(found)
 
 
-def test_a_loss_in_chunks_issues_exactly_these_calls(world, issued, monkeypatch):
+def test_a_loss_in_chunks_issues_exactly_these_calls(world, issued, monkeypatch, request):
     monkeypatch.setattr("hpcpar.layout.loss.LEAST_TOKENS", 3)
     monkeypatch.setattr("hpcpar.layout.loss.CHUNK_BYTES", 1)
-    test_a_step_issues_exactly_these_calls(world, issued, {**CHUNKED[0], "mesh": (4, 2, 1)})
+    test_a_step_issues_exactly_these_calls(world, issued, {**CHUNKED[0], "mesh": (4, 2, 1), "zero": 1}, request)
 
 
 @pytest.mark.parametrize("choice", EIGHT + CHUNKED, ids=name_of)
-def test_a_step_issues_exactly_these_calls(world, issued, choice):
+def test_a_step_issues_exactly_these_calls(world, issued, choice, request):
+    """Where memory holds the weights of ZeRO 3 in common, their all-gathers fall away."""
+    if choice["zero"] == 3:
+        request.getfixturevalue("apart")
     layout = Layout(job_of(choice))
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device)

@@ -27,8 +27,8 @@ def three_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def head_of(weight: Tensor, put_off: PutOff | None = None) -> tuple[Vocabulary, list[int]]:
     """A vocabulary whose gradient goes to a sink full of last step's garbage, and the list of contributions."""
-    scores, done = Vocabulary(*weight.shape, _weight=weight), []
-    scores.product = Sink(torch.full_like(weight, torch.nan), lambda: done.append(1), put_off)
+    scores, done, main = Vocabulary(*weight.shape, _weight=weight), [], torch.full_like(weight, torch.nan)
+    scores.product = Sink(lambda: main, lambda: done.append(1), put_off)
     return scores, done
 
 
@@ -59,9 +59,9 @@ def test_value_and_gradients_are_those_of_the_plain_loss(z_loss: float, put_off:
     assert done == [1] and not put_off  # one contribution, there before backward
     loss.backward()
     want = plain(x, weight, targets, 0.25, z_loss)
-    for got, expected in zip((loss.detach(), own.grad, scores.product.main[:VOCAB]), want, strict=True):
+    for got, expected in zip((loss.detach(), own.grad, scores.product.place()[:VOCAB]), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
-    assert not scores.product.main[VOCAB:].any()
+    assert not scores.product.place()[VOCAB:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -69,13 +69,14 @@ def test_value_and_gradients_are_those_of_the_plain_loss(z_loss: float, put_off:
 def test_narrow_logits_are_widened(dtype: torch.dtype) -> None:
     x, weight, targets = case(dtype)
     scores, _ = head_of(weight)
-    scores.product.main = torch.zeros(weight.shape)
+    zeros = torch.zeros(weight.shape)
+    scores.product.place = lambda: zeros
     own = x.clone().requires_grad_()
     loss = HeadLoss(VOCAB, 0.0)(own, scores, targets, 8.0)
     loss.backward()
     want = plain(x.double(), weight.double(), targets, 8.0, 0.0)
     assert loss.dtype == torch.float32 and own.grad.dtype == dtype
-    for got, expected in zip((loss.detach(), own.grad, scores.product.main[:VOCAB]), want, strict=True):
+    for got, expected in zip((loss.detach(), own.grad, scores.product.place()[:VOCAB]), want, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=0.05, atol=0.05)
 
 
@@ -84,7 +85,7 @@ def test_without_gradients_only_the_value_is_computed() -> None:
     scores, done = head_of(weight)
     with torch.no_grad():
         loss = HeadLoss(VOCAB, 0.0)(x.requires_grad_(), scores, targets, 1.0)
-    assert not done and scores.product.main.isnan().all()
+    assert not done and scores.product.place().isnan().all()
     torch.testing.assert_close(loss, plain(x.detach(), weight, targets, 1.0, 0.0)[0])
 
 
@@ -93,7 +94,8 @@ def test_the_bytes_held_are_the_planners(precision: str, dtype: torch.dtype, bat
     job = job_of(1, 8, 1, 1, 1, 1, 1, model={"vocab": 16384, "seq": 1024}, train={"precision": precision})
     x, weight = torch.zeros(batch * 1024, 8, dtype=dtype), torch.zeros(16384, 8, dtype=dtype)
     scores, _ = head_of(weight)
-    scores.product.main = torch.zeros(16384, 8)
+    main = torch.zeros(16384, 8)
+    scores.product.place = lambda: main
     targets, ledger = torch.zeros(batch * 1024, dtype=torch.int64), Ledger()
     x.requires_grad_()
     with ledger:

@@ -120,7 +120,7 @@ def compare(layout: Layout) -> list[tuple[Pipeline, ShardedOptimizer, Played]]:
     stages = play_stages(layout, lambda pp_rank: layout.program(pp_rank, layout.num_microbatches))
     seen = set()
     for _, optimizer, _ in stages:
-        assert optimizer._pending == [0] * len(optimizer.buckets)  # every bucket was ready for its reduction
+        assert all(g.left == 0 for g in optimizer._reduction.gradients)  # every bucket was ready for its reduction
         for flat in optimizer.buckets:
             for slot in flat.bucket.slots:
                 seen.add(slot.parameter.name)

@@ -27,7 +27,7 @@ FACTORS: dict[str, list[Any]] = {
     "accumulation": [1, 2],
     "recompute": ["none", "selective", "full"],
     "dropout": [0.0, 0.1],
-    "zero": [1, 0],
+    "zero": [1, 0, 3, 2],
     "ramp": [False, True],
     "z_loss": [0.0, 0.01],
     "qk_norm": [False, True],
@@ -43,7 +43,8 @@ def all_pairs() -> list[Choice]:
     """Choose rows greedily until every pair of values of two factors stands in one. Deterministic."""
     names = list(FACTORS)
     open_pairs = {(a, i, b, j) for a, b in itertools.combinations(names, 2)
-                  for i in range(len(FACTORS[a])) for j in range(len(FACTORS[b]))}
+                  for i in range(len(FACTORS[a])) for j in range(len(FACTORS[b]))
+                  if not idle({a: FACTORS[a][i], b: FACTORS[b][j]})}
     rng = np.random.default_rng(0)
     rows: list[Choice] = []
     while open_pairs:
@@ -53,12 +54,19 @@ def all_pairs() -> list[Choice]:
             row = {name: int(rng.integers(len(FACTORS[name]))) for name in names}
             a, i, b, j = min(open_pairs) if best_gain < 0 else row_pair(rng, open_pairs)
             row[a], row[b] = i, j
+            if idle({name: FACTORS[name][index] for name, index in row.items()}):
+                continue
             gain = sum((x, row[x], y, row[y]) in open_pairs for x, y in itertools.combinations(names, 2))
             if gain > best_gain:
                 best, best_gain = row, gain
         open_pairs -= {(x, best[x], y, best[y]) for x, y in itertools.combinations(names, 2)}
         rows.append({name: FACTORS[name][index] for name, index in best.items()})
     return rows
+
+
+def idle(choice: Choice) -> bool:
+    """Whether one replica is to shard gradients or weights: the same as ZeRO 1."""
+    return choice.get("mesh", (1, 1, 2))[2] == 1 and choice.get("zero", 1) > 1
 
 
 def row_pair(rng: np.random.Generator, pairs: set[tuple[str, int, str, int]]) -> tuple[str, int, str, int]:

@@ -13,7 +13,9 @@ PLAIN = {"schedule": "1f1b", "sequence_parallel": True, "tied": True, "kind": "g
 
 
 @pytest.mark.parametrize("choice", all_pairs(), ids=name_of)
-def test_float64_equals_one_process(world, choice):
+def test_float64_equals_one_process(world, choice, request):
+    if choice["zero"] == 3:
+        request.getfixturevalue("apart")
     job = job_of(choice)
     found = compare(job, world, random_tokens(choice["vocab"], 8), 20, 1e-10)
     assert found.first == ""
@@ -21,13 +23,17 @@ def test_float64_equals_one_process(world, choice):
 
 
 @pytest.mark.parametrize(("schedule", "mesh", "changes"), [
-    ("interleaved", (2, 2, 2), {}), ("interleaved", (1, 8, 1), {"kind": "llama", "accumulation": 1}),
+    ("interleaved", (2, 2, 2), {"zero": 3}), ("interleaved", (1, 8, 1), {"kind": "llama", "accumulation": 1}),
     ("breadth-first", (1, 4, 2), {"zero": 0}), ("zero-bubble", (2, 4, 1), {"accumulation": 6}),
-    ("zero-bubble", (2, 2, 2), {"recompute": "full", "kind": "llama"}), ("zbv", (2, 2, 2), {"accumulation": 4}),
-    ("zbv", (1, 8, 1), {"accumulation": 5, "tied": False}), ("dualpipev", (1, 4, 2), {"accumulation": 1}),
-    ("dualpipev", (2, 2, 2), {"recompute": "selective", "sequence_parallel": False}),
+    ("zero-bubble", (2, 2, 2), {"recompute": "full", "kind": "llama", "zero": 3, "apart": True}),
+    ("zbv", (2, 2, 2), {"accumulation": 4, "zero": 2, "apart": True}),
+    ("zbv", (1, 8, 1), {"accumulation": 5, "tied": False}),
+    ("dualpipev", (1, 4, 2), {"accumulation": 1, "zero": 3, "apart": True}),
+    ("dualpipev", (2, 2, 2), {"recompute": "selective", "sequence_parallel": False, "zero": 2}),
 ], ids=str)
-def test_every_schedule_equals_one_process(world, schedule, mesh, changes):
+def test_every_schedule_equals_one_process(world, schedule, mesh, changes, request):
+    if changes.get("apart"):
+        request.getfixturevalue("apart")
     choice = {**PLAIN, "schedule": schedule, "mesh": mesh, **changes}
     assert compare(job_of(choice), world, random_tokens(61, 8), 4, 1e-10).first == ""
 
@@ -55,18 +61,18 @@ def test_same_layout_is_bit_equal(world):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_follows_one_process(world, precision):
+@pytest.mark.parametrize(("precision", "zero"), [("bf16", 1), ("fp16", 2), ("bf16", 3)])
+def test_low_precision_follows_one_process(world, apart, precision, zero):
     """The order of sums shows at 8 or 11 bits; a wrong sum would show far above them."""
-    job = job_of({**PLAIN, "mesh": (2, 2, 2), "dropout": 0.0}, precision)
+    job = job_of({**PLAIN, "mesh": (2, 2, 2), "dropout": 0.0, "zero": zero}, precision)
     found = compare(job, world, random_tokens(61, 8), 3, 0.05)
     assert found.loss < 0.05 and found.losses
 
 
 def test_a_wrong_gradient_is_named(world, monkeypatch):
     """The comparison itself can fail: without the sum over tp a norm's gradient is partial."""
-    from hpcpar.parallel.zero import ShardedOptimizer
+    from hpcpar.parallel.reduction import Reduction
 
-    monkeypatch.setattr(ShardedOptimizer, "_sum_over_tp", lambda self, flat: None)
+    monkeypatch.setattr(Reduction, "_sum_over_tp", lambda self, flat: None)
     found = compare(job_of({**PLAIN, "mesh": (2, 1, 1)}), world, random_tokens(61, 8), 2, 1e-10)
     assert "at step 0" in found.first and found.grads > 1e-10

@@ -62,7 +62,7 @@ def test_gradients_and_weights_move_twice_p_over_tp_and_pp(zero: int) -> None:
                  train={"precision": "fp32"})
     of = Traffic(Layout(job), Coordinates(0, 0, 0, 0))
     numel = sum(bucket.numel for bucket in of.layout.buckets(0, 0))
-    calls = [c for c in of.early_reductions + of.late_reductions + of.update if c.group == "dp"]
+    calls = [c for c in of.step(of.layout.program(0, of.layout.num_microbatches)) if c.group == "dp"]
     assert sum(wire_bytes(c, 4) for c in calls) / 4 == pytest.approx(2 * 3 / 4 * numel)
 
 

@@ -105,7 +105,7 @@ def test_what_cannot_be_trained_yet_is_planned_and_train_refuses_it(change: dict
     batch = ["--train.global_batch", "4256"]
     assert main(["plan", str(job_file), *words, *batch]) == 0
     capsys.readouterr()
-    if change.keys() & {"zero", "cp"}:
+    if "cp" in change:
         assert main(["train", str(job_file), *words, *batch]) == 2
         assert "this version only runs" in capsys.readouterr().err
 

@@ -35,7 +35,7 @@ def trainee_of(layout, rank):
     (precision, choice) for precision in ("fp64", "fp32") for choice in all_pairs()[::8]],
     ids=lambda value: value if isinstance(value, str) else name_of(value))
 def test_state_bytes_follow_from_the_layout(precision, choice):
-    """Weights and gradients whole; master weights (apart in 16 bits only) and two moments by ZeRO shard."""
+    """By ZeRO shard: master weights (apart in 16 bits only) and moments; from 2 on gradients; from 3 on weights."""
     layout = Layout(job_of(choice, precision))
     for rank in {0, layout.mesh.size - 1}:
         at = layout.mesh.coordinates(rank)
@@ -43,7 +43,8 @@ def test_state_bytes_follow_from_the_layout(precision, choice):
         owned = numel // layout.num_shards
         with silent_world(layout.mesh.size, rank):
             found = state_bytes(trainee_of(layout, rank).optimizer)
-        assert found == {"weights": numel * layout.element_bytes, "gradients": numel * layout.main_bytes,
+        assert found == {"weights": (owned if choice["zero"] == 3 else numel) * layout.element_bytes,
+                         "gradients": (owned if choice["zero"] >= 2 else numel) * layout.main_bytes,
                          "master": 4 * owned if precision == "bf16" else 0, "moments": 2 * owned * layout.main_bytes}
         foretold = make_plan(layout.job).memory[at.pp_rank]
         assert found == {state: getattr(foretold, state) for state in STATES}

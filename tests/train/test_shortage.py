@@ -30,7 +30,6 @@ def test_an_allocation_that_cannot_be_made_says_what_was_foretold_and_what_needs
     for words in ("memory is full", "can't allocate memory", "this rank has taken", "weights ", "moments ", "logits ",
                   "a100-80g", "less is needed with --", "a step of"):
         assert words in said, (words, said)
-    assert "layout.zero 2" not in said  # planned, not trained
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 

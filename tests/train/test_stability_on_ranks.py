@@ -113,7 +113,8 @@ def test_the_samples_of_a_rewound_run_are_those_of_one_that_never_had_them(world
     ({"tp": 2, "pp": 2}, "layers.3.mlp_norm.weight"),
     ({"zero": 0}, "layers.1.mlp.up.weight"),
     ({"pp": 8, "dp": 1}, "embedding.token.weight"),
-], ids=["tp", "dp", "tied"])
+    ({"tp": 4, "zero": 3}, "layers.3.mlp_norm.weight"),
+], ids=["tp", "dp", "tied", "sharded"])
 def test_a_drifting_replica_is_named_within_k_steps(world, store, folder, monkeypatch, layout, name):  # noqa: F811
     """One element of one weight on one rank changes by one bit's worth; its moments and gradients stay right."""
     original, taken, perturbed = ShardedOptimizer.update, [0], 7
@@ -124,9 +125,10 @@ def test_a_drifting_replica_is_named_within_k_steps(world, store, folder, monkey
         if taken[0] == 2 and world.rank == perturbed:
             slot, flat = next((slot, flat) for flat in self.buckets for slot in flat.bucket.slots
                               if slot.parameter.name == name)
-            flat.weights[slot.start] += 1e-6
-            if "weight" in flat.shard and flat.start <= slot.start < flat.stop:
-                flat.shard["weight"][slot.start - flat.start] = flat.weights[slot.start]
+            weight = flat.kept(slot)
+            weight[-1] += 1e-6
+            if flat.start <= slot.start + slot.numel - 1 < flat.stop:
+                flat.shard["weight"][slot.start + slot.numel - 1 - flat.start] = weight[-1]
 
     monkeypatch.setattr(ShardedOptimizer, "update", update)
     model = {"layers": 8 if layout.get("pp") == 8 else 4, "hidden": 16}
