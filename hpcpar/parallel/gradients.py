@@ -23,9 +23,9 @@ PutOff = list[Callable[[], None]]  # matrix products still to be done
 
 
 class Sink:
-    """Where one matrix's gradient goes: `place()` is its view of the bucket at the moment, in the main dtype.
+    """Where one parameter's gradient goes: `place()` is its view of the bucket at the moment, in the main dtype.
 
-    `done` is called after every contribution: a microbatch brings one for every use of the matrix. With `put_off`
+    `done` is called after every contribution: a microbatch brings one for every use of the parameter. With `put_off`
     backward does not do the products but adds them to that list.
     """
 
@@ -42,6 +42,13 @@ class Sink:
         """Take the place of F.embedding: numbers [...], weight [rows, width] -> [..., width]."""
         out: Tensor = _Rows.apply(numbers, weight, self)
         return out
+
+    def add(self, grad: Tensor) -> None:
+        """Add a whole contribution of the parameter's shape."""
+        main = self.place()
+        main.copy_(grad) if self.empty else main.add_(grad)
+        self.empty = False
+        self.done()
 
     def add_product(self, grad: Tensor, x: Tensor) -> None:
         """Add grad^T x, a whole contribution: grad [tokens, out], x [tokens, in]."""

@@ -58,6 +58,12 @@ class Gradient:
         if self.left == 0:
             self._reduction.start(self)
 
+    def fill_gaps(self) -> None:
+        """Zero what got no contribution: a tied embedding's two uses, of two microbatches, make up a count."""
+        for sink in self.sinks:
+            if sink.empty:
+                sink.place().zero_()
+
     def _clear(self) -> None:
         for sink in self.sinks:
             sink.empty = True
@@ -87,6 +93,8 @@ class Reduction:
         group, flat, whole = self.groups.dp, gradient.flat, gradient.whole
         if group is None:
             return
+        if self.lends:
+            gradient.fill_gaps()
         if self.layout.num_shards > 1:
             work = reduce_scatter_flat(whole[flat.start:flat.stop], whole, group, async_op=True)
         else:

@@ -10,6 +10,7 @@ m + 2 m, embedding and head m + m. Source: Rajbhandari et al. 2020, arXiv 1910.0
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -62,28 +63,31 @@ class ShardedOptimizer:
         compiled = compiles(self.layout.job, on_gpu=gradient.flat.own_grads.is_cuda)
         takes_sink = Vocabulary if compiled else Linear | Vocabulary
         matrices = [module for module in modules if isinstance(module, takes_sink)]
+        sink = Sink(partial(gradient.part, slot), gradient.count, self._put_off)
+        gradient.sinks.append(sink)
         if leaf == "weight" and matrices:
-            sink = Sink(partial(gradient.part, slot), gradient.count, self._put_off)
             for matrix in matrices:
                 matrix.product = sink
                 if isinstance(matrix, Vocabulary):
                     matrix.rows = sink.rows
-            gradient.sinks.append(sink)
             both = [n for n in holders if slot.parameter.is_vocabulary and n.first and n.last and n.model.tied]
             return len(holders) + len(both)
 
+        # Python cannot see what a hook holds: by its own sink a parameter would keep itself for ever
+        seen = weakref.proxy(sink)
+
         def added(p: Tensor) -> None:
-            if p.grad is not in_place:
-                assert p.grad is not None
-                gradient.part(slot).add_(p.grad)
+            if p.grad is in_place:
+                seen.done()
+            else:
+                seen.add(p.grad)
                 p.grad = None
-            gradient.count()
 
         in_place = None
         if gradient.whole.numel() and gradient.whole.dtype == parameter.dtype:
             in_place = parameter.grad = gradient.part(slot)  # autograd adds into it
+            gradient.summed.append(slot)
         parameter.register_post_accumulate_grad_hook(added)
-        gradient.summed.append(slot)
         return len(holders)
 
     def begin(self, num_microbatches: int) -> None:

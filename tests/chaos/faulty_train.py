@@ -20,7 +20,7 @@ import torch
 
 from hpcpar import cli
 from hpcpar.config.surroundings import Surroundings
-from hpcpar.parallel.buckets import FlatBucket
+from hpcpar.parallel.reduction import Gradient, Reduction
 from hpcpar.parallel.zero import ShardedOptimizer
 
 
@@ -57,7 +57,7 @@ SUDDEN: dict[str, Callable[[], None]] = {
 
 def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
     """Make the fault happen on this rank."""
-    begin, reduce, taken = ShardedOptimizer.begin, ShardedOptimizer._reduce, [0]
+    begin, reduce, taken = ShardedOptimizer.begin, Reduction.start, [0]
 
     def note() -> None:
         mark.write_text(str(time.time()))
@@ -78,13 +78,13 @@ def arm(fault: str, step: int, delay_s: float, mark: Path) -> None:
             fill_disk()
         begin(self, *told)
 
-    def faulty_reduce(self: ShardedOptimizer, flat: FlatBucket) -> None:
+    def faulty_reduce(self: Reduction, gradient: Gradient) -> None:
         if fault == "nan" and taken[0] == step:
             note()
-            flat.grads[0] = torch.nan
-        reduce(self, flat)
+            gradient.whole[0] = torch.nan
+        reduce(self, gradient)
 
-    ShardedOptimizer.begin, ShardedOptimizer._reduce = faulty_begin, faulty_reduce  # type: ignore[method-assign]
+    ShardedOptimizer.begin, Reduction.start = faulty_begin, faulty_reduce  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpcpar.comm import mpi_memory
-from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat, zeros_of
+from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat, shared_zeros, zeros_of
 
 pytestmark = pytest.mark.mpi
 
@@ -67,7 +67,9 @@ def test_memory_that_the_group_shares(world: SimpleNamespace, any_group: dist.Pr
                                       dtype: torch.dtype) -> None:
     numel, rank = 8 * 70000, world.rank
     grads = zeros_of(any_group, numel, dtype, CPU)
-    weights = zeros_of(any_group, numel, dtype, CPU, common=True)
+    weights = shared_zeros(any_group, numel, dtype, CPU, common=True)
+    if weights is None:  # a group without such memory gathers into its own
+        weights = torch.zeros(numel, dtype=dtype)
     assert not grads.any() and not weights.any()
     own = slice(rank * numel // 8, (rank + 1) * numel // 8)
     for step in range(3):
@@ -82,7 +84,8 @@ def test_memory_that_the_group_shares(world: SimpleNamespace, any_group: dist.Pr
 
 
 def test_shared_memory_is_shared(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
-    common = zeros_of(group, world.size, torch.int64, CPU, common=True)
+    common = shared_zeros(group, world.size, torch.int64, CPU, common=True)
+    assert common is not None
     common[world.rank] = world.rank + 1
     dist.barrier(group)
     assert common.tolist() == list(range(1, world.size + 1))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hpcpar.comm.groups import open_groups
+from hpcpar.layout.layout import Layout
+from hpcpar.parallel.build import build
 from hpcpar.parallel.gradients import PutOff, Sink
+from tests.planner.jobs import job_of
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -29,3 +36,13 @@ def test_the_two_halves_together_are_the_gradient_of_linear(biased: bool, shape:
     with torch.no_grad():
         put_off[0]()
     assert done == [1] and torch.equal(main, wanted[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_was_built_goes_when_nobody_holds_it(precision: str) -> None:
+    layout = Layout(job_of(1, 8, 1, 1, 1, 1, 1, model={"vocab": 64, "seq": 8}, train={"precision": precision}))
+    _, optimizer = build(layout, open_groups(layout.mesh, 0), torch.device("cpu"))
+    held = weakref.ref(optimizer.buckets[0])
+    del _, optimizer
+    gc.collect()
+    assert held() is None

@@ -14,6 +14,7 @@ from hpcpar.checkpoint.verify import latest_set, published_sets, verify_set
 from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import RunError, UserError
+from hpcpar.parallel.reduction import Reduction
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.loop import start_run, train
 from hpcpar.train.metrics import read_metrics
@@ -122,19 +123,19 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(world, store, folder, m
 
 def poison(monkeypatch, world, rank, steps):
     """Put a NaN into one rank's gradients at some steps."""
-    begin, reduce, taken = ShardedOptimizer.begin, ShardedOptimizer._reduce, [0]
+    begin, reduce, taken = ShardedOptimizer.begin, Reduction.start, [0]
 
     def counted(self, num_microbatches):
         taken[0] += 1
         begin(self, num_microbatches)
 
-    def poisoned(self, flat):
+    def poisoned(self, gradient):
         if world.rank == rank and taken[0] in steps:
-            flat.grads[0] = float("nan")
-        reduce(self, flat)
+            gradient.whole[0] = float("nan")
+        reduce(self, gradient)
 
     monkeypatch.setattr(ShardedOptimizer, "begin", counted)
-    monkeypatch.setattr(ShardedOptimizer, "_reduce", poisoned)
+    monkeypatch.setattr(Reduction, "start", poisoned)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp16"])
