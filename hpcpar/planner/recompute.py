@@ -12,9 +12,9 @@ from hpcpar.planner.search import SPARE
 def choose_recompute(job: Job, machine: Machine | None = None) -> Job:
     """Return a resolved job with a value in place of "auto"; any other job as it is.
 
-    As in a search, a part of the memory is to stay free. Where nothing fits it is "full", and whoever starts the job
-    says that it does not fit. All ranks choose alike: the planner knows the job and the machine's TOML, nothing else. Raises UserError
-    where `machine.gpu` is unknown. Cost: three plans, a tenth of a second each.
+    As in a search, a part of the memory is to stay free. Where nothing fits it is "full": a plan and a submission say
+    that it does not fit. All ranks choose alike, from the job and the machine's TOML alone. Raises UserError where
+    `machine.gpu` is unknown. Cost: three plans, a tenth of a second each.
     """
     if job.layout.recompute != "auto":
         return job
