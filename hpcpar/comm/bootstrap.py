@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from hpcpar.comm.control import Alone, Control, OverMPI
+from hpcpar.comm.failure import await_reader
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
 
@@ -24,6 +27,7 @@ class World:
     host: str
     device: torch.device
     communicator: Any = None  # mpi4py's, or None for a single process
+    over_mpi: bool = True  # exchange tensors over MPI; False: over NCCL, for which each rank has a GPU of its own
     seconds: dict[str, float] = field(default_factory=dict)  # by phase of the bootstrap
 
     @property
@@ -37,8 +41,11 @@ class World:
         return self.control.size
 
     def abort(self, code: int) -> None:
-        """End all ranks now, without a collective."""
+        """End all ranks now, without a collective; what this one has printed comes through."""
         if self.communicator is not None:
+            for stream in (1, 2):
+                with contextlib.suppress(OSError):
+                    await_reader(stream)
             self.communicator.Abort(code)
         os._exit(code)
 
@@ -70,11 +77,15 @@ def connect(surroundings: Surroundings) -> World:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     seconds["host map"] = time.perf_counter() - start
     device = _device(surroundings, local_rank)
-    return World(OverMPI(communicator), surroundings.host, device, communicator, seconds)
+    over_mpi = device.type == "cpu" or surroundings.share_gpus
+    if not over_mpi:
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        must_differ(communicator.allgather((surroundings.host, gpu)))
+    return World(OverMPI(communicator), surroundings.host, device, communicator, over_mpi, seconds)
 
 
 def open_process_group(world: World) -> None:
-    """Initialise torch.distributed: NCCL on GPUs, MPI on CPUs; nothing for a single CPU process.
+    """Initialise torch.distributed: NCCL on GPUs, MPI on CPUs and shared GPUs; nothing for a single process.
 
     What the control plane's recorder is told of, that of the MPI backend is told of too.
     Rank 0 opens the store on a port of the kernel's choice and tells it over MPI. Cost: one broadcast of O(log size)
@@ -94,15 +105,25 @@ def open_process_group(world: World) -> None:
         store = TCPStore(address, port, world.size, is_master=False, wait_for_workers=False)
     world.seconds["store"] = time.perf_counter() - start
     start = time.perf_counter()
-    if world.device.type == "cuda":
-        backend = "nccl"
-    else:
+    if world.over_mpi:
         from hpcpar.comm import mpi_backend
 
         mpi_backend.register(observer=world.control.recorder)
-        backend = "cpu:mpi4py"
+        backend = f"{world.device.type}:mpi4py"
+    else:
+        backend = "nccl"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
     world.seconds["process group"] = time.perf_counter() - start
+
+
+def must_differ(gpus: Sequence[tuple[str, str]]) -> None:
+    """Raise UserError, on all ranks alike, where two ranks got the same GPU (host, name): NCCL would only fail."""
+    for rank, gpu in enumerate(gpus):
+        first = gpus.index(gpu)
+        if first < rank:
+            raise UserError("launcher", f"ranks {first} and {rank} have the same GPU on {gpu[0]}",
+                            "start a rank a GPU and bind it (srun --gpus-per-task=1); HPCPAR_SHARE_GPUS=1 lets ranks "
+                            "share one, to try a layout, not for speed; HPCPAR_CPU=1 keeps them on CPU")
 
 
 def _device(surroundings: Surroundings, local_rank: int) -> torch.device:
@@ -111,7 +132,7 @@ def _device(surroundings: Surroundings, local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     # srun --gpus-per-task shows each task only its own GPU
-    index = local_rank if count > 1 else 0
+    index = local_rank % count if surroundings.share_gpus else local_rank if count > 1 else 0
     if index >= count:
         raise UserError("launcher", f"local rank {local_rank} has no GPU of its own: {count} are visible",
                         f"start at most {count} ranks a node, or set HPCPAR_CPU=1")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import stat
+import sys
+import termios
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +16,7 @@ from pathlib import Path
 from hpcpar.config.run_folder import RunFolder
 
 _TAIL = 20
+_RELAY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -110,10 +116,24 @@ def appeared(path: Path) -> bool:
 
 
 def say(text: str) -> None:
-    """Write to stderr in one piece, past Python's buffers; a reader that has gone is no error."""
+    """Write to stderr in one piece, past Python's buffers, and wait for its reader; one that has gone is no error."""
     data = text.encode(errors="replace")
-    try:
+    with contextlib.suppress(OSError):
         while data:
             data = data[os.write(2, data):]
-    except OSError:
-        pass
+        await_reader(2)
+
+
+def await_reader(stream: int) -> None:
+    """Wait until all that was written to a pipe has been read, for 5 seconds at most; a file is not waited for.
+
+    The reader is the launcher: what it has not read when a rank aborts the job, it throws away. Raises: OSError.
+    """
+    limit = time.monotonic() + _RELAY_S
+    while stat.S_ISFIFO(os.fstat(stream).st_mode) and _unread(stream) and time.monotonic() < limit:
+        time.sleep(0.01)
+
+
+def _unread(pipe: int) -> int:
+    """Return how many bytes stand in a pipe, asked at its writing end."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)

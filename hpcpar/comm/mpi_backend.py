@@ -58,6 +58,7 @@ from .mpi_shared import OneHost
 from .mpi_work import Home, MPIWork, Nobody, Observer, Step
 
 _MAX_UNWAITED = 64
+DEVICES = ("cpu", "cuda")  # a GPU's tensors travel through the host's memory, copied before a call and after its wait
 
 
 def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: Patience | None = None,
@@ -83,7 +84,7 @@ def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: 
             )
         return MPIProcessGroup(_subset(world, ranks, options.group_id), name, options.timeout, home, ranks)
 
-    dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
+    dist.Backend.register_backend(name, create, extended_api=True, devices=[*DEVICES])
 
 
 def _subset(world: MPI.Intracomm, ranks: Sequence[int], group_id: str) -> MPI.Intracomm:
@@ -119,7 +120,8 @@ class MPIProcessGroup(dist.ProcessGroup):
             self._host = OneHost(comm, home.lanes, lambda: home.ring(others))
         self._group_name = self._group_desc = ""
         self._in_flight: set[MPIWork] = set()
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, None)
+        for device in DEVICES:
+            self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, None)
 
     def _work(self, operation: str, num_bytes: int, steps: list[Step], outputs: list[Tensor], opts: Any = None,
               peer: int | None = None) -> MPIWork:
@@ -250,7 +252,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     def scatter(self, outputs: list[Tensor], sources: list[list[Tensor]], opts: Any) -> MPIWork:
         (output,) = outputs
         send = send_from(sources[0]) if self.rank() == opts.rootRank else None
-        out = torch.empty_like(output, memory_format=torch.contiguous_format).view(-1)
+        out = torch.empty(output.numel(), dtype=output.dtype)
         request = self._comm.Iscatterv(send, as_bytes(out), opts.rootRank)
         return self._work("scatter", out.nbytes, [(request, lambda: store(output, out), (send, out))], outputs, opts)
 

@@ -24,8 +24,8 @@ _BOOL_OPS = {**_OPS, _RedOp.SUM: MPI.MAX, _RedOp.PRODUCT: MPI.MIN}
 
 
 def flatten(tensor: Tensor) -> Tensor:
-    """Return the elements in order as one dim: a view if contiguous, else a copy."""
-    return tensor.detach().contiguous().view(-1)
+    """Return the elements in order as one dim in the host's memory: a view if they lie so there, else a copy."""
+    return tensor.detach().contiguous().view(-1).cpu()
 
 
 def as_bytes(flat: Tensor) -> Any:
@@ -73,13 +73,13 @@ def cut(flat: Tensor, counts: Sequence[int]) -> list[Any]:
 
 def send_from(pieces: Sequence[Tensor]) -> list[Any]:
     """Return all the pieces one after the other in a fresh buffer, described to MPI."""
-    return cut(torch.cat([piece.detach().reshape(-1) for piece in pieces]), [piece.numel() for piece in pieces])
+    return cut(torch.cat([piece.detach().reshape(-1) for piece in pieces]).cpu(), [piece.numel() for piece in pieces])
 
 
 def receive_into(pieces: Sequence[Tensor]) -> tuple[list[Any], Callable[[], object]]:
     """Return a buffer for all the pieces, and what copies it into them."""
     counts = [piece.numel() for piece in pieces]
-    flat = pieces[0].new_empty(sum(counts))
+    flat = torch.empty(sum(counts), dtype=pieces[0].dtype)
 
     def unpack() -> None:
         for piece, part in zip(pieces, flat.split(counts), strict=True):

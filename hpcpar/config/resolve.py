@@ -120,6 +120,13 @@ def _check_schedule(job: Job) -> None:
              "backwards in two", "write compile = false, or schedule = 1f1b")
 
 
+def compiles(job: Job, on_gpu: bool) -> bool:
+    """Whether layers are compiled: where it is wished, else on GPUs in 16 bits, if the schedule lets it."""
+    if job.train.compile is None:
+        return on_gpu and job.train.precision in ("bf16", "fp16") and not _splits(job.layout)
+    return job.train.compile
+
+
 def _splits(layout: LayoutWish) -> bool:
     """Whether the schedule has backwards of input and weights apart."""
     own = any("W" in line for line in layout.table)

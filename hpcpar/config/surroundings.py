@@ -18,6 +18,7 @@ class Surroundings:
     launcher: str = ""  # "srun", "mpirun", or "" for a process started by hand
     job_id: str = ""
     gpus: bool = True  # False: HPCPAR_CPU=1 keeps a GPU machine's ranks on CPU
+    share_gpus: bool = False  # True: HPCPAR_SHARE_GPUS=1 lets ranks share a GPU, to try a layout, not for speed
     live: bool = False  # True: HPCPAR_LIVE=1 says that a person watches what mpirun passes on
 
     @classmethod
@@ -40,4 +41,5 @@ class Surroundings:
             job_id=environment.get("SLURM_JOB_ID", ""),
             live=environment.get("HPCPAR_LIVE", "") == "1",
             gpus=environment.get("HPCPAR_CPU", "") != "1",
+            share_gpus=environment.get("HPCPAR_SHARE_GPUS", "") == "1",
         )

@@ -49,8 +49,9 @@ class Traffic:
         calls = self._leave[0] if chunk == 0 else []
         calls += (self._enter[0] + self._leave[0]) * (2 * len(self.layout.chunks[chunk]))
         if chunk == self._last_chunk and self._tp_size > 1:
+            chunks = loss_chunks(self._tokens, self._loss_rows, self.layout.element_bytes)
             calls += [*self._enter[0], *(Call("all_gather", "tp", 2 * self._tp_size * size * self._loss_bytes)
-                                         for size in loss_chunks(self._tokens, self._loss_rows))]
+                                         for size in chunks)]
         return tuple(calls)
 
     def backward(self, chunk: int) -> tuple[Call, ...]:

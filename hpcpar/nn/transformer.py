@@ -76,9 +76,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor | None, draw: Draw | None) -> Tensor:
         """Map [batch, seq(/tp), hidden] to the same shape."""
-        attended = self.attention(self.attention_norm(x), rotary)
-        x = x + dropout(attended, self.drop, draw, f"{self.name}.attention")
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.drop, draw, f"{self.name}.mlp")
+        x = x + self._thin(self.attention(self.attention_norm(x), rotary), draw, "attention")
+        return x + self._thin(self.mlp(self.mlp_norm(x)), draw, "mlp")
+
+    def _thin(self, x: Tensor, draw: Draw | None, site: str) -> Tensor:
+        # the name is looked at only where it is needed: a compiler would make every layer's code its own
+        return x if draw is None else dropout(x, self.drop, draw, f"{self.name}.{site}")
 
 
 def look_up(table: Vocabulary, tokens: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ import torch
 
 from hpcpar.comm.groups import Groups
 from hpcpar.comm.p2p import Neighbours
+from hpcpar.config.resolve import compiles
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
 from hpcpar.parallel.gradients import PutOff
-from hpcpar.parallel.loss import HeadLoss
+from hpcpar.parallel.loss import HeadLoss, chunk_loss
 from hpcpar.parallel.pipeline import Pipeline
 from hpcpar.parallel.recompute import apply_recompute
 from hpcpar.parallel.tensor import apply_tensor_parallelism
@@ -30,18 +31,20 @@ def build(layout: Layout, groups: Groups, device: torch.device,
     """
     job, at = layout.job, groups.at
     dtype = DTYPES[job.train.precision]
-    last = len(layout.chunks) - 1
+    last, compiled = len(layout.chunks) - 1, compiles(job, on_gpu=device.type == "cuda")
     with torch.device("meta"):
         chunks = {chunk: Transformer(job.model, layout.chunks[chunk], first=chunk == 0, last=chunk == last)
                   for chunk in layout.chunks_of(at.pp_rank)}
     put_off: PutOff | None = [] if layout.splits_backward else None
     optimizer = ShardedOptimizer(layout, groups, chunks, dtype, device, put_off)
     for network in chunks.values():
-        network.head_loss = HeadLoss(job.model.vocab, job.model.z_loss)
+        network.head_loss = HeadLoss(job.model.vocab, job.model.z_loss,
+                                     chunk=torch.compile(chunk_loss) if compiled else chunk_loss)
         if groups.tp is not None:
             apply_tensor_parallelism(network, layout, groups.tp, at.tp_rank)
-        if job.train.compile:
-            _compile(network)
+        if compiled:
+            _compile(network, whole_layers=groups.tp is None and
+                     job.model.dropout == 0 and job.layout.recompute != "selective")
         apply_recompute(network, job.layout.recompute)
     seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq
     neighbours = Neighbours(groups, layout.chunk_ranks, dtype, device)
@@ -54,8 +57,11 @@ def initialise(optimizer: ShardedOptimizer, seed: int) -> None:
     optimizer.fill(lambda piece: initial_values(piece.parameter, piece.box, seed, device))
 
 
-def _compile(stage: Transformer) -> None:
-    """Compile what lies between the exchanges of every layer."""
+def _compile(stage: Transformer, whole_layers: bool) -> None:
+    """Compile every layer, or what lies between its exchanges."""
     for block in stage.blocks():
-        block.attention.compute = torch.compile(block.attention.compute)
-        block.mlp.compute = torch.compile(block.mlp.compute)
+        if whole_layers:
+            block.compile()
+        else:
+            block.attention.compute = torch.compile(block.attention.compute)
+            block.mlp.compute = torch.compile(block.mlp.compute)

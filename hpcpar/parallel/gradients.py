@@ -53,7 +53,12 @@ class Sink:
         main, padding = self.main[:grad.shape[1]], self.main[grad.shape[1]:]
         if self.empty:
             padding.zero_()
-        if grad.dtype != main.dtype:  # 16-bit factors, 32-bit sum: no library product writes that on every device
+        if grad.dtype != main.dtype and grad.is_cuda:
+            if self.empty:
+                torch.mm(grad.t(), x, out_dtype=main.dtype, out=main)
+            else:
+                torch.addmm(main, grad.t(), x, out_dtype=main.dtype, out=main)
+        elif grad.dtype != main.dtype:  # on CPU no product of 16-bit factors gives a 32-bit sum
             main.copy_(grad.t() @ x) if self.empty else main.add_(grad.t() @ x)
         elif self.empty:
             torch.mm(grad.t(), x, out=main)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat
 from hpcpar.comm.groups import Groups
+from hpcpar.config.resolve import compiles
 from hpcpar.layout.buckets import Piece, Slot
 from hpcpar.layout.layout import Layout
 from hpcpar.nn.linear import Linear, Vocabulary
@@ -70,7 +71,7 @@ class ShardedOptimizer:
                 self._reduce(flat)
 
         # the compiler cannot see through a product that writes where it was not told to; it sees no vocabulary
-        takes_sink = Vocabulary if self.layout.job.train.compile else Linear | Vocabulary
+        takes_sink = Vocabulary if compiles(self.layout.job, on_gpu=main.is_cuda) else Linear | Vocabulary
         matrices = [module for module in modules if isinstance(module, takes_sink)]
         if leaf == "weight" and matrices:
             sink = Sink(main, added, self._put_off)

@@ -96,7 +96,7 @@ def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TR
     rows = -(-model.vocab // (8 * tp)) * 8
     tokens, element = microbatch * model.seq, ELEMENT_BYTES[precision]
     if practice.chunked_loss:
-        return float((element if element > 2 else 2 + 4 + 2) * max(loss_chunks(tokens, rows)) * rows)
+        return float((element if element > 2 else 2 + 4 + 2) * max(loss_chunks(tokens, rows, element)) * rows)
     return float(practice.logits_bytes * tokens * rows)
 
 

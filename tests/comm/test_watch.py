@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,17 @@ def test_an_unwritable_run_folder_does_not_silence_the_error(run: RunFolder, cap
     with pytest.raises(SystemExit):
         watch.failed(OSError("No space left on device"))
     assert "OSError: No space left on device" in capfd.readouterr().err
+
+
+def test_what_is_said_has_been_read_when_the_job_is_ended() -> None:
+    code = ("import os; from hpcpar.comm.failure import _unread, say; os.write(1, b'.'); say('why it ended\\n'); "
+            "os.write(1, str(_unread(2)).encode())")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as speaker:
+        assert speaker.stdout and speaker.stderr
+        assert speaker.stdout.read(1) == b"."
+        time.sleep(0.2)  # a launcher that is slow to read
+        assert os.read(speaker.stderr.fileno(), 100) == b"why it ended\n"
+        assert speaker.stdout.read() == b"0"
 
 
 def test_deaths_come_in_order_and_the_living_can_be_killed() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcpar.layout.loss import CHUNK_BYTES, LEAST_TOKENS, loss_chunks
+from hpcpar.layout.loss import CHUNK_BYTES, LEAST_TOKENS, LEAST_TOKENS_16_BIT, loss_chunks
 from hpcpar.nn.linear import Vocabulary
 from hpcpar.nn.transformer import head_loss
 from hpcpar.parallel.gradients import PutOff, Sink
@@ -88,26 +88,29 @@ def test_without_gradients_only_the_value_is_computed() -> None:
     torch.testing.assert_close(loss, plain(x.detach(), weight, targets, 1.0, 0.0)[0])
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_bytes_held_are_the_planners(precision: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("precision", "dtype", "batch"), [("fp32", torch.float32, 1), ("bf16", torch.bfloat16, 4)])
+def test_the_bytes_held_are_the_planners(precision: str, dtype: torch.dtype, batch: int) -> None:
     job = job_of(1, 8, 1, 1, 1, 1, 1, model={"vocab": 16384, "seq": 1024}, train={"precision": precision})
-    x, weight = torch.zeros(1024, 8, dtype=dtype), torch.zeros(16384, 8, dtype=dtype)
+    x, weight = torch.zeros(batch * 1024, 8, dtype=dtype), torch.zeros(16384, 8, dtype=dtype)
     scores, _ = head_of(weight)
     scores.product.main = torch.zeros(16384, 8)
-    targets, ledger = torch.zeros(1024, dtype=torch.int64), Ledger()
+    targets, ledger = torch.zeros(batch * 1024, dtype=torch.int64), Ledger()
     x.requires_grad_()
     with ledger:
         HeadLoss(16384, 0.0)(x, scores, targets, 1.0)
-    foretold = logits_bytes(job.model, 1, 1, precision=precision)
-    assert foretold == 256 * 16384 * {"fp32": 4, "bf16": 8}[precision]
-    small = 3 * weight.nbytes + 64 * 1024 * 8  # x, weights and their gradient; a few numbers a token
-    assert foretold <= ledger.peak <= foretold + small < 1024 * 16384 * 4
+    foretold = logits_bytes(job.model, 1, batch, precision=precision)
+    chunk, logits_bytes_a_token = {"fp32": (256, 4 * 16384), "bf16": (2048, 8 * 16384)}[precision]
+    assert foretold == chunk * logits_bytes_a_token
+    small = 3 * weight.nbytes + batch * 64 * 1024 * 8  # x, weights and their gradient; a few numbers a token
+    assert foretold <= ledger.peak <= foretold + small < batch * 1024 * logits_bytes_a_token
 
 
+@pytest.mark.parametrize(("element_bytes", "least"), [(4, LEAST_TOKENS), (2, LEAST_TOKENS_16_BIT)])
 @pytest.mark.parametrize(("tokens", "rows"), [
     (1, 8), (256, 8192), (2048, 8192), (2049, 53248), (4096, 1024), (7, 10**7)])
-def test_chunks_cover_the_tokens_and_are_as_large_as_allowed(tokens: int, rows: int) -> None:
-    sizes = loss_chunks(tokens, rows)
-    most = max(LEAST_TOKENS, CHUNK_BYTES // (4 * rows))
+def test_chunks_cover_the_tokens_and_are_as_large_as_allowed(tokens: int, rows: int, element_bytes: int,
+                                                             least: int) -> None:
+    sizes = loss_chunks(tokens, rows, element_bytes)
+    most = max(least, CHUNK_BYTES // (4 * rows))
     assert sum(sizes) == tokens and max(sizes) - min(sizes) <= 1
     assert max(sizes) <= most and len(sizes) == -(-tokens // most)
