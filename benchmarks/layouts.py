@@ -5,8 +5,9 @@
 
 Every configuration is an `mpirun` of its own that trains a few steps; they take turns within a repetition, so that a
 disturbance of the machine hits them alike, every other repetition backwards. A layout is written tp,pp,dp. All train
-the same GPT in fp32 on the same tokens with AdamW (fused, but where said) and clipping; with a pipeline a microbatch is
-one sequence, else a replica's whole batch. The peers (benchmarks/peers/) live in an environment of their own,
+the same GPT in fp32 from the same first weights on the same tokens with fused AdamW and clipping, and a run whose losses
+are not those of hpcpar's one process counts as failed; with a pipeline a microbatch is one sequence, else a replica's
+whole batch. The peers (benchmarks/peers/) live in an environment of their own,
 .venv-peers (benchmarks/peers.txt), which `make bench` makes.
 """
 
@@ -25,11 +26,30 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import mpi4py
 import torch
-from peers.work import HEADS, HIDDEN, LAYERS, SEQ, VOCAB, WARM_UP, peak_memory, rows, timed
+from peers.work import (
+    BETAS,
+    CLIP,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    LEARNING_RATE,
+    SEQ,
+    VOCAB,
+    WARM_UP,
+    WEIGHT_DECAY,
+    peak_memory,
+    rows,
+    timed,
+)
+
+from hpcpar.config.job import Job
+from hpcpar.config.load import override
+from hpcpar.config.resolve import resolve
 
 Sizes = tuple[int, int, int]  # tp, pp, dp
 
@@ -61,6 +81,7 @@ FASTEST: dict[Sizes, dict[str, object]] = {}  # [layout] options of hpcpar that 
 HERE = Path(__file__).resolve()
 PEERS_PYTHON = HERE.parents[1] / ".venv-peers/bin/python"
 TIMEOUT_S = 600
+LOSS_TOLERANCE = 1e-4  # they agree to about 1e-6
 
 
 def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
@@ -68,9 +89,6 @@ def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
     from hpcpar.comm.bootstrap import connect, open_process_group
     from hpcpar.comm.groups import open_groups
     from hpcpar.comm.silent_backend import silent_world
-    from hpcpar.config.job import Job
-    from hpcpar.config.load import override
-    from hpcpar.config.resolve import resolve
     from hpcpar.config.surroundings import Surroundings
     from hpcpar.layout.layout import Layout
     from hpcpar.parallel.build import build, initialise
@@ -83,13 +101,7 @@ def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
         communication.enter_context(silent_world(world.size, world.rank))
     else:
         open_process_group(world)
-    tp, pp, dp = sizes
-    model = {"kind": "gpt", "layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "seq": SEQ, "vocab": VOCAB}
-    train = {"global_batch": args.batch, "microbatch": 1 if pp > 1 else args.batch // dp, "precision": "fp32",
-             "steps": 1000}
-    options = {"tp": tp, "pp": pp, "dp": dp, **json.loads(args.options)}
-    job = override(Job(), model={**model, **json.loads(args.model)}, train=train, layout=options)
-    layout = Layout(resolve(job, world.size))
+    layout = Layout(hpcpars_job(sizes, args))
     watch = Stopwatch()
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device, watch.note if profile else lambda action: None)
@@ -118,6 +130,25 @@ def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
         print(json.dumps(result), flush=True)
     groups.close()
     communication.close()
+
+
+def hpcpars_job(sizes: Sizes, args: argparse.Namespace) -> Job:
+    """Return the resolved job that hpcpar trains on a layout."""
+    tp, pp, dp = sizes
+    model = {"kind": "gpt", "layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "seq": SEQ, "vocab": VOCAB}
+    train = {"global_batch": args.batch, "microbatch": 1 if pp > 1 else args.batch // dp, "precision": "fp32"}
+    optim = {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "clip": CLIP}
+    options = {"tp": tp, "pp": pp, "dp": dp, **json.loads(args.options)}
+    job = override(Job(), model={**model, **json.loads(args.model)}, train=train, optim=optim, layout=options)
+    return resolve(job, tp * pp * dp)
+
+
+def save_first_weights(job: Job, path: Path) -> None:
+    """Write hpcpar's first weights by name, for the peers to start from."""
+    from hpcpar.layout.parameters import parameter_table
+    from hpcpar.nn.init import initial_values
+
+    torch.save({p.name: initial_values(p, p.box(1, 0), job.train.seed).float() for p in parameter_table(job.model)}, path)
 
 
 class Stopwatch:
@@ -165,8 +196,8 @@ class FailedError(Exception):
     """A program did not train: what it said."""
 
 
-def start(candidate: Candidate, args: argparse.Namespace, profile: bool = False) -> dict:
-    """Run one configuration in a world of its own; raises FailedError."""
+def start(candidate: Candidate, args: argparse.Namespace, profile: bool = False, weights: Path = Path()) -> dict:
+    """Run one configuration in a world of its own, a peer from the weights in a file; raises FailedError."""
     sizes, environment = candidate.sizes, {**os.environ, "HPCPAR_CPU": "1"}
     size = math.prod(sizes)
     environment.pop("OMP_NUM_THREADS", None)  # hpcpar divides the cores itself
@@ -183,7 +214,7 @@ def start(candidate: Candidate, args: argparse.Namespace, profile: bool = False)
         if size > 1:
             environment["OMP_NUM_THREADS"] = "1"  # as torchrun does
         command = [str(PEERS_PYTHON), str(HERE.parent / "peers/rank.py"), candidate.program, *words]
-        command += ["--zero", str(candidate.zero or 0)]
+        command += [str(weights), "--zero", str(candidate.zero or 0)]
     if size > 1:
         command = ["mpirun", "-n", str(size), *command]
     try:
@@ -208,17 +239,23 @@ def compare(args: argparse.Namespace) -> None:
     if not PEERS_PYTHON.exists():
         sys.exit(f"{PEERS_PYTHON} is not there: make .venv-peers/ready")
     runs: Runs = {c: [] for c in CANDIDATES if c.sizes == ONE or not args.only or c.sizes == args.only}
-    for repetition in range(args.repeat):
-        for candidate in [*runs][::-1 if repetition % 2 else 1]:
-            try:
-                result = start(candidate, args)
-            except FailedError as error:
-                print(f"FAILED {error}", file=sys.stderr, flush=True)
-                continue
-            result["tokens_per_s"] = args.batch * SEQ / result["seconds_per_step"]
-            runs[candidate].append({"repetition": repetition, **result})
-            print(f"{repetition + 1}/{args.repeat} {candidate} {candidate.sizes}: {result['tokens_per_s']:.0f} "
-                  "tokens/s, losses " + " ".join(f"{x:.3f}" for x in result["losses"]), file=sys.stderr, flush=True)
+    expected: list[float] = []
+    with TemporaryDirectory() as folder:
+        weights = Path(folder, "first-weights.pt")
+        save_first_weights(hpcpars_job(ONE, args), weights)
+        for repetition in range(args.repeat):
+            for candidate in [*runs][::-1 if repetition % 2 else 1]:
+                try:
+                    result = start(candidate, args, weights=weights)
+                    expected = expected or result["losses"]  # the first of all is hpcpar in one process
+                    compare_losses(candidate, result["losses"], expected)
+                except FailedError as error:
+                    print(f"FAILED {error}", file=sys.stderr, flush=True)
+                    continue
+                result["tokens_per_s"] = args.batch * SEQ / result["seconds_per_step"]
+                runs[candidate].append({"repetition": repetition, **result})
+                print(f"{repetition + 1}/{args.repeat} {candidate} {candidate.sizes}: {result['tokens_per_s']:.0f} "
+                      "tokens/s, losses " + " ".join(f"{x:.5f}" for x in result["losses"]), file=sys.stderr, flush=True)
     facts = machine_facts(args)
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()), end="\n\n")
     print("\n".join(lines(runs)))
@@ -228,6 +265,13 @@ def compare(args: argparse.Namespace) -> None:
     if args.json:
         table = [{"program": str(c), "tp_pp_dp": c.sizes, "runs": found} for c, found in runs.items()]
         args.json.write_text(json.dumps({"facts": facts, "programs": table}, indent=1))
+
+
+def compare_losses(candidate: Candidate, losses: list[float], expected: list[float]) -> None:
+    """Raises FailedError for a program that trains something else than hpcpar in one process."""
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    if worst > LOSS_TOLERANCE:
+        raise FailedError(f"{candidate} {candidate.sizes}: losses {losses}, {worst:.2g} off hpcpar's {expected}")
 
 
 def lines(runs: Runs) -> list[str]:

@@ -11,20 +11,20 @@ from gpt import GPT, adamw
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from work import CLIP, Step, rows
+from work import CLIP, Step, Weights, Work, rows
 
 
-def open_program(tp: int, pp: int, dp: int, batch: int, zero: int) -> Step:
+def open_program(work: Work, weights: Weights) -> Step:
     """Return this rank's training step."""
-    assert tp == pp == 1 and zero in (2, 3)
-    mesh, model = init_device_mesh("cpu", (dp,)), GPT(0, 1)
+    assert work.tp == work.pp == 1 and work.zero in (2, 3)
+    mesh, model = init_device_mesh("cpu", (work.dp,)), GPT(0, 1, weights)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=zero == 3)
+        fully_shard(block, mesh=mesh, reshard_after_forward=work.zero == 3)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)  # embedding and head: used again at once
-    optimizer, own_batch = adamw(model), batch // dp
+    optimizer = adamw(model)
 
     def step(number: int) -> float:
-        mine = rows(number * batch + dist.get_rank() * own_batch, own_batch)
+        mine = rows(number * work.batch + dist.get_rank() * work.own_batch, work.own_batch)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(mine[:, :-1]).flatten(0, 1), mine[:, 1:].flatten())
         loss.backward()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from work import BETAS, HEADS, HIDDEN, LAYERS, LEARNING_RATE, SEQ, VOCAB, WEIGHT_DECAY
+from work import BETAS, HEADS, HIDDEN, LAYERS, LEARNING_RATE, SEQ, VOCAB, WEIGHT_DECAY, Weights
+
+OUTSIDE = {"token": "embedding.token", "position": "embedding.position", "norm": "final_norm", "head": "embedding.token"}
 
 
 class Attention(nn.Module):
@@ -41,19 +45,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A pipeline stage, or with one stage the whole model."""
+    """A pipeline stage, or with one stage the whole model; it starts from hpcpar's weights."""
 
-    def __init__(self, stage: int, num_stages: int):
+    def __init__(self, stage: int, num_stages: int, weights: Weights):
         super().__init__()
         self.first, self.last = stage == 0, stage == num_stages - 1
         if self.first:
             self.token, self.position = nn.Embedding(VOCAB, HIDDEN), nn.Embedding(SEQ, HIDDEN)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS // num_stages))
+        num_layers = LAYERS // num_stages
+        self.blocks = nn.ModuleList(Block() for _ in range(num_layers))
         if self.last:
             self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
+        named = partial(hpcpars_name, first_layer=stage * num_layers)
+        self.load_state_dict({own: weights[named(own)] for own in self.state_dict()})
         self.tie()
 
     def tie(self) -> None:
@@ -68,6 +72,16 @@ class GPT(nn.Module):
         return self.head(self.norm(x)) if self.last else x
 
 
-def adamw(model: nn.Module, fused: bool = True) -> torch.optim.AdamW:
-    """The optimizer of all peers."""
-    return torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=fused)
+def hpcpars_name(own: str, first_layer: int) -> str:
+    """hpcpar's name of a parameter of the stage that starts with this layer."""
+    part, *rest = own.split(".")
+    if part == "blocks":
+        return ".".join(["layers", str(first_layer + int(rest[0])), *rest[1:]])
+    return ".".join([OUTSIDE[part], *rest])
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of all peers: weight decay of matrices, as hpcpar's."""
+    groups: list = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrices], "weight_decay": decay}
+                    for matrices, decay in ((True, WEIGHT_DECAY), (False, 0.0))]
+    return torch.optim.AdamW(groups, LEARNING_RATE, BETAS, fused=True)

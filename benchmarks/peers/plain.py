@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, parallel
 from torch.nn.parallel import DistributedDataParallel
-from work import CLIP, HIDDEN, SEQ, VOCAB, Step, rows
+from work import CLIP, HIDDEN, SEQ, VOCAB, Step, Weights, Work, rows
 
 
-def open_program(tp: int, pp: int, dp: int, batch: int, zero: int) -> Step:
+def open_program(work: Work, weights: Weights) -> Step:
     """Return this rank's training step."""
-    return Plain(tp, pp, dp, batch).step
+    return Plain(work, weights).step
 
 
 def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
@@ -52,12 +52,13 @@ def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
 class Plain:
     """A rank of the plain program."""
 
-    def __init__(self, tp: int, pp: int, dp: int, batch: int):
+    def __init__(self, work: Work, weights: Weights):
+        tp, pp, dp, _, self.batch = work
         self.mesh = init_device_mesh("cpu", (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
-        self.tp, self.pp, self.dp, self.own_batch = tp, pp, dp, batch // dp
-        self.batch, self.dp_rank = batch, self.mesh.get_local_rank("dp")
+        self.tp, self.pp, self.dp, self.own_batch = tp, pp, dp, work.own_batch
+        self.dp_rank = self.mesh.get_local_rank("dp")
         pp_rank = self.mesh.get_local_rank("pp")
-        self.stage = GPT(pp_rank, pp)
+        self.stage = GPT(pp_rank, pp, weights)
         if tp > 1:
             apply_tensor_parallelism(self.stage, self.mesh["tp"])
         self.tied: Tensor | None = None
@@ -79,8 +80,6 @@ class Plain:
         self.ends, _ = dist.new_subgroups_by_enumeration(ranks)
         if self.stage.first or self.stage.last:
             self.tied = self.stage.token.weight if self.stage.first else self.stage.head.weight
-        if self.tied is not None:  # equal first values
-            dist.broadcast(local(self.tied.data), group=self.ends, group_src=0)
 
     def step(self, number: int) -> float | None:
         """Take a training step."""

@@ -1,8 +1,8 @@
 """A rank of a program that hpcpar is measured beside, over gloo; no hpcpar in here.
 
-    MASTER_PORT=29511 mpirun -n 8 .venv-peers/bin/python benchmarks/peers/rank.py PROGRAM TP PP DP [--zero N]
+    MASTER_PORT=29511 mpirun -n 8 .venv-peers/bin/python benchmarks/peers/rank.py PROGRAM TP PP DP FILE
 
-Rank 0 prints one JSON object: seconds_per_step, losses, and of every rank its memory.
+FILE holds the first weights. Rank 0 prints one JSON object: seconds_per_step, losses, and of every rank its memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import import_module
 
 import torch
 import torch.distributed as dist
-from work import WARM_UP, peak_memory, timed
+from work import WARM_UP, Work, peak_memory, timed
 
 PROGRAMS = {"plain": "plain", "fsdp2": "fsdp2", "deepspeed": "zero_deepspeed", "accelerate": "gpt2_accelerate"}
 
@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("sizes", type=int, nargs=3, metavar=("TP", "PP", "DP"))
+    parser.add_argument("weights", help="hpcpar's first weights by name (torch.save)")
     parser.add_argument("--zero", type=int, default=0, choices=range(4), help="what is sharded over dp")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
@@ -33,8 +34,8 @@ def main() -> None:
     if size != "1":
         os.environ["LOCAL_RANK"] = rank
     dist.init_process_group("gloo")
-    torch.manual_seed(1)
-    step = import_module(PROGRAMS[args.program]).open_program(*args.sizes, args.batch, args.zero)
+    program, work = import_module(PROGRAMS[args.program]), Work(*args.sizes, args.zero, args.batch)
+    step = program.open_program(work, torch.load(args.weights, mmap=True))
     seconds, losses = timed(step, dist.barrier, args.steps)
     mine = losses, peak_memory(lambda: step(WARM_UP + args.steps))
     ranks: list = [None] * int(size)

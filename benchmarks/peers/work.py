@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,23 @@ from torch import Tensor
 HIDDEN, LAYERS, HEADS, SEQ, VOCAB = 512, 8, 8, 256, 8192
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 WARM_UP = 2  # steps that are not timed
+Weights = dict[str, Tensor]  # by hpcpar's names
 Step = Callable[[int], float | None]  # of this number; returns the rank's loss, None where another stage has it
+
+
+class Work(NamedTuple):
+    """What a peer's rank is asked for. The first weights are given apart: a step that kept them would be charged for it."""
+
+    tp: int
+    pp: int
+    dp: int
+    zero: int  # what is sharded over dp, where the program leaves a choice
+    batch: int  # sequences a step, over all replicas
+
+    @property
+    def own_batch(self) -> int:
+        """Sequences a step of one replica."""
+        return self.batch // self.dp
 
 
 def rows(first: int, count: int) -> Tensor:
