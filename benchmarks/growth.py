@@ -17,11 +17,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from layouts import Sizes, machine_facts, spread, start
-from peers import HIDDEN, LAYERS, SEQ
+from layouts import ONE, Candidate, Sizes, machine_facts, spread, start
+from peers.work import HIDDEN, LAYERS, SEQ
 
 BATCH = 16
-ONE: Sizes = (1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Point:
     def tokens_per_s(self, steps: int) -> float:
         model = json.dumps({"layers": self.layers, "hidden": self.hidden})
         args = argparse.Namespace(batch=self.batch, steps=steps, options="{}", model=model, silent=self.silent)
-        return self.batch * SEQ / start("hpcpar", self.sizes, args)["seconds_per_step"]
+        return self.batch * SEQ / start(Candidate("hpcpar", self.sizes), args)["seconds_per_step"]
 
     def beside(self, sizes: Sizes, silent: bool = False) -> Point:
         """Return the same work on another layout, or without communication."""

@@ -1,11 +1,14 @@
-"""Tokens per second of the layouts, beside plain PyTorch over gloo and beside one process with all cores.
+"""Tokens per second and memory of the layouts, beside other programs over gloo and one process with all cores.
 
     python benchmarks/layouts.py [--json FILE] [--repeat 3] [--batch 8] [--steps 3] [--only 2,2,2]
     python benchmarks/layouts.py --profile 2,2,2        # what eats a layout's time, rank by rank
 
 Every configuration is an `mpirun` of its own that trains a few steps; they take turns within a repetition, so that a
-disturbance of the machine hits them alike. A layout is written tp,pp,dp. Both sides train the same GPT in fp32 on the
-same tokens with AdamW (fused) and clipping; with a pipeline a microbatch is one sequence, else a replica's whole batch.
+disturbance of the machine hits them alike, every other repetition backwards. A layout is written tp,pp,dp. All train
+the same GPT in fp32 from the same first weights on the same tokens with fused AdamW and clipping, and a run whose losses
+are not those of hpcpar's one process counts as failed; with a pipeline a microbatch is one sequence, else a replica's
+whole batch. The peers (benchmarks/peers/) live in an environment of their own,
+.venv-peers (benchmarks/peers.txt), which `make bench` makes.
 """
 
 from __future__ import annotations
@@ -23,16 +26,62 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import mpi4py
 import torch
-from peers import HEADS, HIDDEN, LAYERS, SEQ, VOCAB, rows, timed
+from peers.work import (
+    BETAS,
+    CLIP,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    LEARNING_RATE,
+    SEQ,
+    VOCAB,
+    WARM_UP,
+    WEIGHT_DECAY,
+    peak_memory,
+    rows,
+    timed,
+)
+
+from hpcpar.config.job import Job
+from hpcpar.config.load import override
+from hpcpar.config.resolve import resolve
 
 Sizes = tuple[int, int, int]  # tp, pp, dp
-LAYOUTS: list[Sizes] = [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)]
+
+
+class Candidate(NamedTuple):
+    """What is started: a program on a layout."""
+
+    program: str
+    sizes: Sizes
+    zero: int | None = None  # where the program leaves a choice of what is sharded over dp
+    name: str = ""  # what the program is there, if more is to be said
+
+    def __str__(self) -> str:
+        return (self.name or self.program) + (f" ZeRO-{self.zero}" if self.zero else "")
+
+
+ONE: Sizes = (1, 1, 1)
+CANDIDATES = [
+    *(Candidate("hpcpar", ONE), Candidate("plain", ONE, name="plain PyTorch"),
+      Candidate("accelerate", ONE, name="transformers + Accelerate")),
+    *(Candidate("hpcpar", (2, 2, 2)), Candidate("plain", (2, 2, 2), name="DTensor + Schedule1F1B + all-reduce")),
+    *(Candidate("hpcpar", (8, 1, 1)), Candidate("plain", (8, 1, 1), name="DTensor")),
+    *(Candidate("hpcpar", (1, 8, 1)), Candidate("plain", (1, 8, 1), name="Schedule1F1B")),
+    *(Candidate("hpcpar", (1, 1, 8)), Candidate("plain", (1, 1, 8), name="DDP")),
+    *(Candidate("fsdp2", (1, 1, 8), zero, "FSDP2") for zero in (2, 3)),
+    *(Candidate("deepspeed", (1, 1, 8), zero, "DeepSpeed") for zero in (1, 2, 3)),
+]
 FASTEST: dict[Sizes, dict[str, object]] = {}  # [layout] options of hpcpar that a layout is run with
 HERE = Path(__file__).resolve()
+PEERS_PYTHON = HERE.parents[1] / ".venv-peers/bin/python"
 TIMEOUT_S = 600
+LOSS_TOLERANCE = 1e-4  # they agree to about 1e-6
 
 
 def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
@@ -40,9 +89,6 @@ def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
     from hpcpar.comm.bootstrap import connect, open_process_group
     from hpcpar.comm.groups import open_groups
     from hpcpar.comm.silent_backend import silent_world
-    from hpcpar.config.job import Job
-    from hpcpar.config.load import override
-    from hpcpar.config.resolve import resolve
     from hpcpar.config.surroundings import Surroundings
     from hpcpar.layout.layout import Layout
     from hpcpar.parallel.build import build, initialise
@@ -55,13 +101,7 @@ def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
         communication.enter_context(silent_world(world.size, world.rank))
     else:
         open_process_group(world)
-    tp, pp, dp = sizes
-    model = {"kind": "gpt", "layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "seq": SEQ, "vocab": VOCAB}
-    train = {"global_batch": args.batch, "microbatch": 1 if pp > 1 else args.batch // dp, "precision": "fp32",
-             "steps": 1000}
-    options = {"tp": tp, "pp": pp, "dp": dp, **json.loads(args.options)}
-    job = override(Job(), model={**model, **json.loads(args.model)}, train=train, layout=options)
-    layout = Layout(resolve(job, world.size))
+    layout = Layout(hpcpars_job(sizes, args))
     watch = Stopwatch()
     groups = open_groups(layout.mesh, world.rank)
     pipeline, optimizer = build(layout, groups, world.device, watch.note if profile else lambda action: None)
@@ -85,10 +125,30 @@ def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
     if profile:
         mine = {phase: (wall / args.steps, cpu / args.steps) for phase, (wall, cpu) in watch.totals.items()}
         result["ranks"] = world.control.all_gather((str(groups.at), mine))
+    result["memory"] = world.control.all_gather(peak_memory(lambda: step(WARM_UP + args.steps)))
     if world.rank == 0:
         print(json.dumps(result), flush=True)
     groups.close()
     communication.close()
+
+
+def hpcpars_job(sizes: Sizes, args: argparse.Namespace) -> Job:
+    """Return the resolved job that hpcpar trains on a layout."""
+    tp, pp, dp = sizes
+    model = {"kind": "gpt", "layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "seq": SEQ, "vocab": VOCAB}
+    train = {"global_batch": args.batch, "microbatch": 1 if pp > 1 else args.batch // dp, "precision": "fp32"}
+    optim = {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "clip": CLIP}
+    options = {"tp": tp, "pp": pp, "dp": dp, **json.loads(args.options)}
+    job = override(Job(), model={**model, **json.loads(args.model)}, train=train, optim=optim, layout=options)
+    return resolve(job, tp * pp * dp)
+
+
+def save_first_weights(job: Job, path: Path) -> None:
+    """Write hpcpar's first weights by name, for the peers to start from."""
+    from hpcpar.layout.parameters import parameter_table
+    from hpcpar.nn.init import initial_values
+
+    torch.save({p.name: initial_values(p, p.box(1, 0), job.train.seed).float() for p in parameter_table(job.model)}, path)
 
 
 class Stopwatch:
@@ -132,68 +192,110 @@ class Stopwatch:
 
 # -- the driver
 
-def start(side: str, sizes: Sizes, args: argparse.Namespace, profile: bool = False) -> dict:
-    """Run one configuration in a world of its own."""
-    size, environment = math.prod(sizes), {**os.environ, "HPCPAR_CPU": "1"}
+class FailedError(Exception):
+    """A program did not train: what it said."""
+
+
+def start(candidate: Candidate, args: argparse.Namespace, profile: bool = False, weights: Path = Path()) -> dict:
+    """Run one configuration in a world of its own, a peer from the weights in a file; raises FailedError."""
+    sizes, environment = candidate.sizes, {**os.environ, "HPCPAR_CPU": "1"}
+    size = math.prod(sizes)
     environment.pop("OMP_NUM_THREADS", None)  # hpcpar divides the cores itself
-    words = [str(n) for n in sizes] + ["--batch", str(args.batch), "--steps", str(args.steps)]
-    if side == "plain":
+    words = [*(str(n) for n in sizes), "--batch", str(args.batch), "--steps", str(args.steps)]
+    if candidate.program == "hpcpar":
+        zero = {} if candidate.zero is None else {"zero": candidate.zero}
+        options = json.dumps({**zero, **FASTEST.get(sizes, {}), **json.loads(args.options)})
+        command = [sys.executable, str(HERE), "--rank", *words, "--options", options, "--model", args.model]
+        command += [*["--profile", "-"][:2 * profile], *["--silent"][:args.silent]]
+    else:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            environment["MASTER_PORT"] = str(probe.getsockname()[1])
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
+            environment |= {"MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
         if size > 1:
             environment["OMP_NUM_THREADS"] = "1"  # as torchrun does
-        command = [sys.executable, str(HERE.with_name("peers.py")), *words]
-    else:
-        options = json.dumps({**FASTEST.get(sizes, {}), **json.loads(args.options)})
-        command = [sys.executable, str(HERE), "--rank", *words[:3], *words[3:], "--options", options]
-        command += ["--model", args.model, *["--profile", "-"][:2 * profile], *["--silent"][:args.silent]]
+        command = [str(PEERS_PYTHON), str(HERE.parent / "peers/rank.py"), candidate.program, *words]
+        command += [str(weights), "--zero", str(candidate.zero or 0)]
     if size > 1:
         command = ["mpirun", "-n", str(size), *command]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise FailedError(f"{candidate} {sizes} took more than {TIMEOUT_S} s") from None
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds_per_step"')]
     if done.returncode or not lines:
-        sys.exit(f"{side} {sizes} failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise FailedError(f"{candidate} {sizes} failed ({done.returncode}):\n{done.stdout[-2000:]}\n"
+                          f"{done.stderr[-4000:]}")
     result: dict = json.loads(lines[0])
     off = abs(result["losses"][0] - math.log(VOCAB))
     if not (off < 0.3 or args.silent):
-        sys.exit(f"{side} {sizes}: first loss {result['losses'][0]:.3f}, not near ln({VOCAB}) = {math.log(VOCAB):.3f}")
+        raise FailedError(f"{candidate} {sizes}: first loss {result['losses'][0]:.3f}, not near ln({VOCAB})")
     return result
 
 
+Runs = dict[Candidate, list[dict]]  # of each repetition that worked; what failed is said on stderr
+
+
 def compare(args: argparse.Namespace) -> None:
-    layouts = [s for s in LAYOUTS if s == (1, 1, 1) or not args.only or s == args.only]
-    speeds: dict[tuple[str, Sizes], list[float]] = {(side, s): [] for s in layouts for side in ("hpcpar", "plain")}
-    for repetition in range(args.repeat):
-        for (side, sizes), found in speeds.items():
-            result = start(side, sizes, args)
-            found.append(args.batch * SEQ / result["seconds_per_step"])
-            print(f"{repetition + 1}/{args.repeat} {side} {sizes}: {found[-1]:.0f} tokens/s, losses "
-                  + " ".join(f"{loss:.3f}" for loss in result["losses"]), file=sys.stderr, flush=True)
-    limit = max(statistics.median(speeds[side, (1, 1, 1)]) for side in ("hpcpar", "plain"))
+    if not PEERS_PYTHON.exists():
+        sys.exit(f"{PEERS_PYTHON} is not there: make .venv-peers/ready")
+    runs: Runs = {c: [] for c in CANDIDATES if c.sizes == ONE or not args.only or c.sizes == args.only}
+    expected: list[float] = []
+    with TemporaryDirectory() as folder:
+        weights = Path(folder, "first-weights.pt")
+        save_first_weights(hpcpars_job(ONE, args), weights)
+        for repetition in range(args.repeat):
+            for candidate in [*runs][::-1 if repetition % 2 else 1]:
+                try:
+                    result = start(candidate, args, weights=weights)
+                    expected = expected or result["losses"]  # the first of all is hpcpar in one process
+                    compare_losses(candidate, result["losses"], expected)
+                except FailedError as error:
+                    print(f"FAILED {error}", file=sys.stderr, flush=True)
+                    continue
+                result["tokens_per_s"] = args.batch * SEQ / result["seconds_per_step"]
+                runs[candidate].append({"repetition": repetition, **result})
+                print(f"{repetition + 1}/{args.repeat} {candidate} {candidate.sizes}: {result['tokens_per_s']:.0f} "
+                      "tokens/s, losses " + " ".join(f"{x:.5f}" for x in result["losses"]), file=sys.stderr, flush=True)
     facts = machine_facts(args)
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()), end="\n\n")
-    print("| tp,pp,dp | hpcpar tokens/s | of the limit | plain PyTorch tokens/s | of the limit | hpcpar/plain |")
-    print("|---|---|---|---|---|---|")
-    for sizes in layouts:
-        ours, theirs = speeds["hpcpar", sizes], speeds["plain", sizes]
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]  # neighbours in time
-        medians = [statistics.median(values) for values in (ours, theirs)]
-        cells = [",".join(map(str, sizes)) + (" (the limit: the faster)" if math.prod(sizes) == 1 else "")]
-        for values, median in zip((ours, theirs), medians, strict=True):
-            cells += [spread(values, ".0f"), f"{median / limit:.0%}"]
-        print("| " + " | ".join([*cells, spread(ratios, ".2f")]) + " |")
-    print("\nmedian (min-max) over repetitions. hpcpar: ZeRO-1, sequence parallel; options other than the defaults:",
+    print("\n".join(lines(runs)))
+    print("\nMedian (min-max) over repetitions. Memory: the largest rank's, a page shared with others in parts\n"
+          "(peers/work.py). hpcpar: ZeRO-1, sequence parallel; options other than the defaults:",
           FASTEST or "none", args.options)
-    print("plain: DDP; DTensor with sequence and loss parallelism; Schedule1F1B; together: one all-reduce over dp.")
     if args.json:
-        table = [{"side": side, "tp_pp_dp": sizes, "tokens_per_s": v} for (side, sizes), v in speeds.items()]
-        args.json.write_text(json.dumps({"facts": facts, "limit": limit, "speeds": table}, indent=1))
+        table = [{"program": str(c), "tp_pp_dp": c.sizes, "runs": found} for c, found in runs.items()]
+        args.json.write_text(json.dumps({"facts": facts, "programs": table}, indent=1))
+
+
+def compare_losses(candidate: Candidate, losses: list[float], expected: list[float]) -> None:
+    """Raises FailedError for a program that trains something else than hpcpar in one process."""
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    if worst > LOSS_TOLERANCE:
+        raise FailedError(f"{candidate} {candidate.sizes}: losses {losses}, {worst:.2g} off hpcpar's {expected}")
+
+
+def lines(runs: Runs) -> list[str]:
+    """The table, as Markdown: every program beside the first of its layout, which is hpcpar."""
+    speeds = {c: {run["repetition"]: run["tokens_per_s"] for run in found} for c, found in runs.items()}
+    limit = max(statistics.median(speeds[c].values()) for c in runs if c.sizes == ONE and speeds[c])
+    first = {c.sizes: c for c in reversed(runs)}
+    out = ["| tp,pp,dp | program | tokens/s | of the limit | hpcpar over it | peak MiB a rank | kept between steps |",
+           "|---" * 7 + "|"]
+    for candidate, found in runs.items():
+        cells = [",".join(map(str, candidate.sizes)), str(candidate)]
+        if found:
+            mine, ours = speeds[candidate], speeds[first[candidate.sizes]]
+            ratios = [ours[k] / mine[k] for k in ours.keys() & mine.keys()]
+            memory = [[max(rank[kind] for rank in run["memory"]) / 2**20 for run in found] for kind in ("peak", "kept")]
+            cells += [spread([*mine.values()], ".0f"), f"{statistics.median(mine.values()) / limit:.2f}",
+                      spread(ratios, ".2f") if ratios else "-", *(spread(values, ".0f") for values in memory)]
+        out.append("| " + " | ".join(cells if found else [*cells, "failed", *"----"]) + " |")
+    return out
 
 
 def spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
+    middle = f"{statistics.median(values):{form}}"
+    return f"{middle} ({min(values):{form}}-{max(values):{form}})" if len(values) > 1 else middle
 
 
 def machine_facts(args: argparse.Namespace) -> dict[str, object]:
@@ -202,7 +304,8 @@ def machine_facts(args: argparse.Namespace) -> dict[str, object]:
     return {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "machine": f"{len(os.sched_getaffinity(0))} cores, {cpu}; 1-minute load at the end {os.getloadavg()[0]:.1f}",
-        "versions": f"torch {torch.__version__}, Python {platform.python_version()}, mpi4py {mpi4py.__version__}",
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}, mpi4py {mpi4py.__version__}; peers: "
+                    + ", ".join(HERE.with_name("peers.txt").read_text().split()),
         "model": f"GPT {LAYERS} x {HIDDEN}, {HEADS} heads, seq {SEQ}, vocab {VOCAB}, tied, fp32",
         "run": f"batch {args.batch}, {args.steps} timed steps after 2, {args.repeat} repetitions, 8 ranks",
     }
@@ -216,7 +319,7 @@ def profile(args: argparse.Namespace) -> None:
         "reduce": ["reduce"], "reduce waits": ["reduce wait"], "update": ["update"], "gather waits": ["update wait"],
         "other": ["begin", "between", "begin wait", "between wait"],
     }
-    result = start("hpcpar", args.profile, args, profile=True)
+    result = start(Candidate("hpcpar", args.profile), args, profile=True)
     print(f"tp,pp,dp {args.profile}, batch {args.batch}: {result['seconds_per_step']:.3f} s a step; "
           f"wall/CPU milliseconds a step\n")
     print("| rank | " + " | ".join(columns) + " | all |\n" + "|---" * (len(columns) + 2) + "|")

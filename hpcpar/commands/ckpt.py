@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcpar.commands.command import Command, Words, job_argument
-from hpcpar.config.load import load_job
-from hpcpar.config.resolve import resolve
+from hpcpar.commands.command import Command, Words, job_argument, whole_job
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import CheckpointError, UserError
@@ -89,7 +87,7 @@ def _check(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     from hpcpar.train.preflight import open_order
     from hpcpar.train.resume import changes, check_same
 
-    job, path = resolve(load_job(args.job, words)), _set(args.run)
+    job, path = whole_job(args.job, words), _set(args.run)
     manifest, layout = read_manifest(path), Layout(job)
     for option, saved, now, rule in changes(manifest.state["job"], job):
         print(f"{'may change' if rule.allowed else 'MUST NOT'}  {option}: {saved} -> {now}: {rule.why}")

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpcpar.config.job import Job
+from hpcpar.config.load import load_job
+from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import Surroundings
 
@@ -37,3 +40,13 @@ def run_argument() -> Argument:
 def run_folder(args: argparse.Namespace) -> RunFolder:
     """Return the run folder that the arguments name."""
     return RunFolder(args.run or Path("runs") / Path(args.job).stem)
+
+
+def whole_job(path: str | Path, words: Words, num_ranks: int | None = None) -> Job:
+    """Return the job of a file, checked and complete, what is left to the planner included.
+
+    Raises UserError as `load_job`, `resolve` and `choose_recompute` do.
+    """
+    from hpcpar.planner.recompute import choose_recompute
+
+    return choose_recompute(resolve(load_job(path, words), num_ranks))

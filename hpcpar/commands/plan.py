@@ -94,6 +94,7 @@ def _one(args: argparse.Namespace, words: Words) -> None:
     from hpcpar.config.load import load_job, override
     from hpcpar.config.resolve import resolve
     from hpcpar.planner.plan import make_plan
+    from hpcpar.planner.recompute import choose_recompute
 
     job = load_job(args.job, words)
     if args.plot:
@@ -104,6 +105,7 @@ def _one(args: argparse.Namespace, words: Words) -> None:
         job = resolve(job, args.gpus, on_paper=True)
     else:
         job = resolve(job, on_paper=True)
+    job = choose_recompute(job)
     if args.second:
         from hpcpar.planner.unequal import describe_shared, share_out
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from hpcpar.commands.command import Command, Words, job_argument
-from hpcpar.config.load import load_job
-from hpcpar.config.resolve import resolve
+from hpcpar.commands.command import Command, Words, job_argument, whole_job
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
 
@@ -25,7 +23,7 @@ def commands() -> list[Command]:
 def _rehearse(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     from hpcpar.layout.layout import Layout
 
-    layout = Layout(resolve(load_job(args.job, words)))
+    layout = Layout(whole_job(args.job, words))
     size = layout.mesh.size
     if not 0 <= args.rank < size:
         raise UserError("--rank", f"{args.rank} is not among the {size} ranks", f"give 0 to {size - 1}")

@@ -8,9 +8,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcpar.commands.command import Command, Words, job_argument, run_argument, run_folder
-from hpcpar.config.load import load_job, override, to_toml
-from hpcpar.config.resolve import resolve
+from hpcpar.commands.command import Command, Words, job_argument, run_argument, run_folder, whole_job
+from hpcpar.config.load import override, to_toml
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
@@ -51,7 +50,7 @@ def commands() -> list[Command]:
 
 
 def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
-    job = resolve(load_job(args.job, words), surroundings.num_tasks)
+    job = whole_job(args.job, words, surroundings.num_tasks)
     folder = run_folder(args)
 
     from hpcpar.train.preflight import check_compiler, check_run_folder, check_space, open_order, put_aside
@@ -111,7 +110,7 @@ def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
 
     path = Path(args.job)
     folder = RunFolder(path) if path.is_dir() else None
-    job = resolve(load_job(folder.config if folder else path, words))
+    job = whole_job(folder.config if folder else path, words)
     layout = Layout(job)
     if args.plot:
         if folder is None:
@@ -149,7 +148,7 @@ def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings
 
 
 def _parity(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
-    job = resolve(load_job(args.job, words), surroundings.num_tasks)
+    job = whole_job(args.job, words, surroundings.num_tasks)
     if job.train.precision not in ("fp64", "fp32"):
         job = override(job, train={"precision": "fp64"})
 

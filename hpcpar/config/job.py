@@ -53,8 +53,8 @@ class LayoutWish:
     zero: Literal[0, 1, 2, 3] = option(1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights "
                                           "too")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
-    recompute: Literal["none", "selective", "full"] = option("none", "recompute in backward: nothing, the "
-                                                                     "attention block, the layer")
+    recompute: Literal["none", "selective", "full", "auto"] = option(
+        "none", "recompute in backward: nothing, the attention block, the layer; auto: as little as fits by the plan")
     bucket_mib: float = option(32.0, "gradient bucket size in MiB", 0.001)
 
 

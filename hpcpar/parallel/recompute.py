@@ -18,6 +18,7 @@ def apply_recompute(stage: Transformer, mode: str) -> None:
     exchanges included, and keeps only its input. Nothing random has state here (dropout is a hash), so no generator
     is saved. Source: Korthikanti et al. 2022, arXiv 2205.05198, section 5.
     """
+    assert mode in ("none", "selective", "full"), f'"{mode}" is chosen by the planner before'
     if mode == "full":
         stage.run_block = _recomputed_block
     elif mode == "selective":

@@ -19,6 +19,7 @@ from hpcpar.config.load import load_job, to_toml
 from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
+from hpcpar.planner.recompute import choose_recompute
 from hpcpar.submit import ask
 from hpcpar.submit.batch import after_srun, before_srun, prologue
 from hpcpar.submit.environment import LAUNCHER_PREFIXES, clean
@@ -84,7 +85,7 @@ def submit(job_file: Path, overrides: Sequence[str], run: Path, environment: Mut
     wished = load_job(job_file, overrides, request.cluster)
     if request.until:
         wished = until(wished, request.until)
-    found = [Point(point.name, resolve_for_nodes(point.job) if slurm else resolve(point.job))
+    found = [Point(point.name, choose_recompute(resolve_for_nodes(point.job) if slurm else resolve(point.job)))
              for point in points(wished, request.sweep)]
     if slurm and not request.dry_run and shutil.which("sbatch", path=path) is None:
         raise UserError("sbatch", "is not installed here", "submit on a login node of the cluster, look at the script "

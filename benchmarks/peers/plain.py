@@ -1,100 +1,29 @@
-"""The same GPT on the same layouts, written with what torch.distributed offers, over gloo; no hpcpar in here.
-
-    MASTER_PORT=29511 mpirun -n 8 python benchmarks/peers.py TP PP DP [--batch 8] [--steps 3]
+"""The GPT on torch's own parallelism, over gloo: DistributedDataParallel, DTensor, torch.distributed.pipelining.
 
     dp    DistributedDataParallel where it is alone, else one all-reduce of all gradients after the last backward
     tp    DTensor by `parallelize_module`: column- and row-wise matrices, sequence-parallel norms, parallel loss
-    pp    torch.distributed.pipelining, Schedule1F1B; the tied embedding's gradients are summed over its two stages
-
-Prints {"seconds_per_step": ..., "first_loss": ...} from rank 0.
+    pp    Schedule1F1B; the tied embedding's gradients are summed over its two stages
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gpt import GPT, adamw
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, parallel
 from torch.nn.parallel import DistributedDataParallel
-
-HIDDEN, LAYERS, HEADS, SEQ, VOCAB = 512, 8, 8, 256, 8192
-WARM_UP = 2  # steps that are not timed
+from work import CLIP, HIDDEN, SEQ, VOCAB, Step, Weights, Work, rows
 
 
-def rows(first: int, count: int) -> Tensor:
-    """Samples [first, first + count) of the benchmark's data: [count, seq + 1] random tokens, equal on all sides."""
-    pool = torch.randint(VOCAB, (256, SEQ + 1), generator=torch.Generator().manual_seed(1))
-    return pool[torch.arange(first, first + count) % len(pool)]
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, seq = x.shape[:2]
-        q, k, v = (p(x).view(batch, seq, -1, HIDDEN // HEADS).transpose(1, 2) for p in (self.q, self.k, self.v))
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(heads.transpose(1, 2).reshape(batch, seq, -1))
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(HIDDEN), Attention()
-        self.mlp_norm, self.mlp = nn.LayerNorm(HIDDEN), MLP()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class GPT(nn.Module):
-    """A pipeline stage, or with one stage the whole model."""
-
-    def __init__(self, stage: int, num_stages: int):
-        super().__init__()
-        self.first, self.last = stage == 0, stage == num_stages - 1
-        if self.first:
-            self.token, self.position = nn.Embedding(VOCAB, HIDDEN), nn.Embedding(SEQ, HIDDEN)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS // num_stages))
-        if self.last:
-            self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
-        self.tie()
-
-    def tie(self) -> None:
-        if self.first and self.last:
-            self.head.weight = self.token.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.first:
-            x = self.token(x) + self.position(torch.arange(SEQ))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)) if self.last else x
+def open_program(work: Work, weights: Weights) -> Step:
+    """Return this rank's training step."""
+    return Plain(work, weights).step
 
 
 def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
@@ -120,23 +49,23 @@ def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
     stage.tie()
 
 
-class Peer:
+class Plain:
     """A rank of the plain program."""
 
-    def __init__(self, tp: int, pp: int, dp: int, batch: int):
+    def __init__(self, work: Work, weights: Weights):
+        tp, pp, dp, _, self.batch = work
         self.mesh = init_device_mesh("cpu", (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
-        self.tp, self.pp, self.dp, self.own_batch = tp, pp, dp, batch // dp
-        self.batch, self.dp_rank = batch, self.mesh.get_local_rank("dp")
+        self.tp, self.pp, self.dp, self.own_batch = tp, pp, dp, work.own_batch
+        self.dp_rank = self.mesh.get_local_rank("dp")
         pp_rank = self.mesh.get_local_rank("pp")
-        self.stage = GPT(pp_rank, pp)
+        self.stage = GPT(pp_rank, pp, weights)
         if tp > 1:
             apply_tensor_parallelism(self.stage, self.mesh["tp"])
         self.tied: Tensor | None = None
         if pp > 1:
             self._open_pipeline(pp_rank)
         self.model: nn.Module = DistributedDataParallel(self.stage) if dp > 1 and tp * pp == 1 else self.stage
-        self.optimizer = torch.optim.AdamW(self.stage.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1,
-                                           fused=True)
+        self.optimizer = adamw(self.stage)
 
     def _open_pipeline(self, pp_rank: int) -> None:
         """Make the schedule, and the group of the two stages that hold the tied embedding."""
@@ -151,11 +80,9 @@ class Peer:
         self.ends, _ = dist.new_subgroups_by_enumeration(ranks)
         if self.stage.first or self.stage.last:
             self.tied = self.stage.token.weight if self.stage.first else self.stage.head.weight
-        if self.tied is not None:  # equal first values
-            dist.broadcast(local(self.tied.data), group=self.ends, group_src=0)
 
-    def step(self, number: int) -> float:
-        """Take a training step; returns this rank's loss (0 where another stage has it)."""
+    def step(self, number: int) -> float | None:
+        """Take a training step."""
         mine = rows(number * self.batch + self.dp_rank * self.own_batch, self.own_batch)
         tokens, targets = mine[:, :-1], mine[:, 1:]
         self.optimizer.zero_grad()
@@ -182,7 +109,7 @@ class Peer:
         loss.backward()
         return float(local(loss.detach()))
 
-    def pipelined(self, tokens: Tensor, targets: Tensor) -> float:
+    def pipelined(self, tokens: Tensor, targets: Tensor) -> float | None:
         losses: list[Tensor] = []
         if self.stage.first:
             self.schedule.step(tokens, return_outputs=False)
@@ -190,7 +117,7 @@ class Peer:
             self.schedule.step(target=targets, losses=losses, return_outputs=False)
         else:
             self.schedule.step()
-        return sum(float(local(x.detach())) for x in losses) / max(1, len(losses))
+        return sum(float(local(x.detach())) for x in losses) / len(losses) if losses else None
 
     def sum_over_dp(self) -> None:
         grads = [local(p.grad) for p in self.stage.parameters()]
@@ -202,50 +129,17 @@ class Peer:
     def clip(self) -> None:
         """Clip by the norm over all stages; the tied embedding counts on the first stage."""
         if self.pp == 1:
-            nn.utils.clip_grad_norm_(self.stage.parameters(), 1.0, foreach=True)
+            nn.utils.clip_grad_norm_(self.stage.parameters(), CLIP, foreach=True)
             return
         copy = self.tied if self.stage.last else None
         grads = [p.grad for p in self.stage.parameters() if p is not copy]
         norm = nn.utils.get_total_norm(grads, foreach=True)
         squared = (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
         dist.all_reduce(squared, group=self.mesh.get_group("pp"))
-        factor = float((1.0 / (squared.sqrt() + 1e-6)).clamp(max=1.0))
+        factor = float((CLIP / (squared.sqrt() + 1e-6)).clamp(max=1.0))
         for parameter in self.stage.parameters():
             local(parameter.grad).mul_(factor)
 
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def timed(step: Callable[[int], float], barrier: Callable[[], object], steps: int) -> tuple[float, list[float]]:
-    """Seconds a step after the warm-up, and the losses of all steps."""
-    losses = [step(number) for number in range(WARM_UP)]
-    barrier()
-    start = time.perf_counter()
-    losses += [step(WARM_UP + number) for number in range(steps)]
-    barrier()
-    return (time.perf_counter() - start) / steps, losses
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sizes", type=int, nargs=3, metavar=("TP", "PP", "DP"))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3)
-    args = parser.parse_args()
-    rank, size = int(os.environ.get("PMI_RANK", "0")), int(os.environ.get("PMI_SIZE", "1"))
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}", rank=rank, world_size=size)
-    torch.manual_seed(1)
-    peer = Peer(*args.sizes, args.batch)
-    seconds, losses = timed(peer.step, dist.barrier, args.steps)
-    total = torch.tensor(losses)
-    dist.all_reduce(total)
-    total /= args.sizes[0] * args.sizes[2]  # ranks that know a loss
-    if rank == 0:
-        print(json.dumps({"seconds_per_step": seconds, "losses": total.tolist()}), flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
