@@ -5,10 +5,10 @@
 
 Every configuration is an `mpirun` of its own that trains a few steps; they take turns within a repetition, so that a
 disturbance of the machine hits them alike, every other repetition backwards. A layout is written tp,pp,dp. All train
-the same GPT in fp32 from the same first weights on the same tokens with fused AdamW and clipping, and a run whose losses
-are not those of hpcpar's one process counts as failed; with a pipeline a microbatch is one sequence, else a replica's
-whole batch. The peers (benchmarks/peers/) live in an environment of their own,
-.venv-peers (benchmarks/peers.txt), which `make bench` makes.
+the same GPT in fp32 from the same first weights on the same tokens with fused AdamW and clipping, and a run whose
+losses are not those of hpcpar's one process counts as failed; with a pipeline a microbatch is one sequence, else a
+replica's whole batch. The peers (benchmarks/peers/) live in an environment of their own, .venv-peers
+(benchmarks/peers.txt), which `make bench` makes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ CANDIDATES = [
     *(Candidate("hpcpar", (2, 2, 2)), Candidate("plain", (2, 2, 2), name="DTensor + Schedule1F1B + all-reduce")),
     *(Candidate("hpcpar", (8, 1, 1)), Candidate("plain", (8, 1, 1), name="DTensor")),
     *(Candidate("hpcpar", (1, 8, 1)), Candidate("plain", (1, 8, 1), name="Schedule1F1B")),
-    *(Candidate("hpcpar", (1, 1, 8)), Candidate("plain", (1, 1, 8), name="DDP")),
+    *(Candidate("hpcpar", (1, 1, 8), zero) for zero in (1, 2, 3)), Candidate("plain", (1, 1, 8), name="DDP"),
     *(Candidate("fsdp2", (1, 1, 8), zero, "FSDP2") for zero in (2, 3)),
     *(Candidate("deepspeed", (1, 1, 8), zero, "DeepSpeed") for zero in (1, 2, 3)),
 ]
@@ -148,7 +148,8 @@ def save_first_weights(job: Job, path: Path) -> None:
     from hpcpar.layout.parameters import parameter_table
     from hpcpar.nn.init import initial_values
 
-    torch.save({p.name: initial_values(p, p.box(1, 0), job.train.seed).float() for p in parameter_table(job.model)}, path)
+    table = parameter_table(job.model)
+    torch.save({p.name: initial_values(p, p.box(1, 0), job.train.seed).float() for p in table}, path)
 
 
 class Stopwatch:
@@ -275,16 +276,16 @@ def compare_losses(candidate: Candidate, losses: list[float], expected: list[flo
 
 
 def lines(runs: Runs) -> list[str]:
-    """The table, as Markdown: every program beside the first of its layout, which is hpcpar."""
+    """The table, as Markdown: every program beside hpcpar on its layout, with the same ZeRO where there is a choice."""
     speeds = {c: {run["repetition"]: run["tokens_per_s"] for run in found} for c, found in runs.items()}
     limit = max(statistics.median(speeds[c].values()) for c in runs if c.sizes == ONE and speeds[c])
-    first = {c.sizes: c for c in reversed(runs)}
+    own = {(c.sizes, zero): c for c in reversed(runs) if c.program == "hpcpar" for zero in (c.zero, None)}
     out = ["| tp,pp,dp | program | tokens/s | of the limit | hpcpar over it | peak MiB a rank | kept between steps |",
            "|---" * 7 + "|"]
     for candidate, found in runs.items():
         cells = [",".join(map(str, candidate.sizes)), str(candidate)]
         if found:
-            mine, ours = speeds[candidate], speeds[first[candidate.sizes]]
+            mine, ours = speeds[candidate], speeds[own[candidate.sizes, candidate.zero]]
             ratios = [ours[k] / mine[k] for k in ours.keys() & mine.keys()]
             memory = [[max(rank[kind] for rank in run["memory"]) / 2**20 for run in found] for kind in ("peak", "kept")]
             cells += [spread([*mine.values()], ".0f"), f"{statistics.median(mine.values()) / limit:.2f}",
@@ -304,8 +305,8 @@ def machine_facts(args: argparse.Namespace) -> dict[str, object]:
     return {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "machine": f"{len(os.sched_getaffinity(0))} cores, {cpu}; 1-minute load at the end {os.getloadavg()[0]:.1f}",
-        "versions": f"torch {torch.__version__}, Python {platform.python_version()}, mpi4py {mpi4py.__version__}; peers: "
-                    + ", ".join(HERE.with_name("peers.txt").read_text().split()),
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}, mpi4py {mpi4py.__version__}; "
+                    "peers: " + ", ".join(HERE.with_name("peers.txt").read_text().split()),
         "model": f"GPT {LAYERS} x {HIDDEN}, {HEADS} heads, seq {SEQ}, vocab {VOCAB}, tied, fp32",
         "run": f"batch {args.batch}, {args.steps} timed steps after 2, {args.repeat} repetitions, 8 ranks",
     }

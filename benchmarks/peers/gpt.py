@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from work import BETAS, HEADS, HIDDEN, LAYERS, LEARNING_RATE, SEQ, VOCAB, WEIGHT_DECAY, Weights
 
-OUTSIDE = {"token": "embedding.token", "position": "embedding.position", "norm": "final_norm", "head": "embedding.token"}
+OUTSIDE = {"token": "embedding.token", "position": "embedding.position", "norm": "final_norm",
+           "head": "embedding.token"}
 
 
 class Attention(nn.Module):

@@ -20,7 +20,7 @@ Step = Callable[[int], float | None]  # of this number; returns the rank's loss,
 
 
 class Work(NamedTuple):
-    """What a peer's rank is asked for. The first weights are given apart: a step that kept them would be charged for it."""
+    """What a peer's rank is asked for. First weights are given apart: a step that kept them would be charged for it."""
 
     tp: int
     pp: int
