@@ -124,6 +124,15 @@ def test_few_microbatches_fill_a_stage():
     assert [steady_microbatches(layout, stage) for stage in range(4)] == [5, 4, 3, 2]
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_peak_of_sharded_training_is_foretold(zero):
+    job = resolve(override(Job(), model={"layers": 6, "hidden": 512, "heads": 8, "seq": 512, "vocab": 8192}, layout={
+        "dp": 8, "zero": zero}, train={"global_batch": 16, "microbatch": 1, "precision": "bf16", "compile": False}))
+    foretold = make_plan(job).memory[0]
+    seen = rehearse(Layout(job), 3, CPU, real=False).peak_bytes
+    assert foretold.total - foretold.fragmentation == pytest.approx(seen, rel=0.1)
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("model", [
     {"kind": "gpt"}, {"kind": "llama", "tied": False}, {"kind": "llama", "kv_heads": 2},
