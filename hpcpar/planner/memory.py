@@ -16,7 +16,7 @@ from hpcpar.planner.params import rank_counts
 from hpcpar.planner.practice import TRAINER, Practice
 
 ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-LENT_BUCKETS = 4  # ZeRO 2 and 3: whole buckets of gradients at a time
+LENT_BUCKETS = 3  # ZeRO 2 and 3: whole ones of gradients at a time, one that is filled and two being summed over dp
 FRAGMENTATION = 0.04  # of what is allocated and freed within a step: the caching allocator's unused ends
 
 
@@ -144,9 +144,9 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
     if wish.zero >= 2 and required(wish.dp) * wish.cp > 1:
         counts = rank_counts(model, wish.tp)
         ends = counts.token_embedding if first or last else 0.0
-        # gradients before their reduction: the embedding's, and some buckets' (a matrix at least, a layer at most)
-        bucket = max(wish.bucket_mib * 2**20 / 4, model.hidden * required(model.ffn) / wish.tp)
-        buffers += max(4, element) * (ends + min(counts.layer, LENT_BUCKETS * bucket))
+        # gradients before their reduction: the embedding's, and some buckets' (each a matrix at least, a layer at most)
+        bucket = min(counts.layer, max(wish.bucket_mib * 2**20 / 4, model.hidden * required(model.ffn) / wish.tp))
+        buffers += max(4, element) * (ends + LENT_BUCKETS * bucket)
         if wish.zero == 3:  # gathered weights: of a layer, of the next, of the embedding
             buffers += element * (2 * counts.layer + ends)
     return dataclasses.replace(states, activations=activations, buffers=buffers, logits=logits,
