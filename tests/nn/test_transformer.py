@@ -217,7 +217,8 @@ def test_dropout_acts_on_the_embedding_and_on_both_residuals_of_every_layer(monk
 
     monkeypatch.setattr(transformer, "dropout", noted)
     ours = network(model(dropout=0.1))
-    ours(tokens(ours.model)[0])
+    x, targets = tokens(ours.model)
+    ours(x, targets, draw_for(torch.arange(3), range(ours.model.seq), ours.model.seq, seed=1, step=1))
     assert sites == ["embedding"] + [f"layers.{i}.{part}" for i in range(3) for part in ("attention", "mlp")]
 
 
