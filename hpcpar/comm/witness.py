@@ -11,10 +11,13 @@ Started by `watch`; reads one JSON object from stdin, answers `ready`, ends when
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import platform
 import select
 import signal
+import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -288,8 +291,22 @@ def oom_kills() -> int:
         return 0
 
 
+def wake_quickly() -> None:
+    """Ask Linux 6.12 and later to run this process as soon as it wakes: a short slice needs no privilege there.
+
+    Ranks that spin in MPI keep their processors for whole slices. Measured with two witnesses on two cores: 2 of 25
+    deaths were seen 10 ms late, as the launcher killed the other witness's ranks; with it 0 of 60. Else no effect.
+    """
+    number = {"x86_64": 314, "aarch64": 274}.get(platform.machine())  # sched_setattr; glibc has it since 2.41 only
+    if number is not None:
+        size, slice_ns = 48, 100_000
+        attributes = struct.pack("=IIQiIQQQ", size, os.SCHED_OTHER, 0, 0, 0, slice_ns, 0, 0)
+        ctypes.CDLL(None).syscall(number, 0, attributes, 0)
+
+
 def main() -> None:
     """Watch what stdin tells."""
+    wake_quickly()
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         # a launcher or scheduler that ends a job signals us too, just when we are needed
         signal.signal(ignored, signal.SIG_IGN)

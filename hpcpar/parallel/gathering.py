@@ -10,6 +10,7 @@ Source: Rajbhandari et al. 2020, arXiv 1910.02054, section 5.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -45,15 +46,12 @@ class Gathering:
         """Take the place of compute(x, *rest), with the unit's weights there in forward and backward."""
         self._acquire(unit, self._forward)
         if torch.is_grad_enabled() and needs_weights(unit, Kind.BACKWARD):
-            out: Tensor = _After.apply(compute(_Before.apply(x, self, unit), *rest), self, unit)
+            held = _InBackward.apply(x, partial(self.release, unit))
+            out: Tensor = _InBackward.apply(compute(held, *rest), partial(self._acquire, unit, self._backward))
         else:
             out = compute(x, *rest)
         self.release(unit)
         return out
-
-    def acquire_backward(self, unit: str) -> None:
-        """Have a unit's weights for its backward."""
-        self._acquire(unit, self._backward)
 
     def _acquire(self, unit: str, after: dict[str, str]) -> None:
         for each in (unit, after.get(unit)):
@@ -69,31 +67,15 @@ class Gathering:
             flat.release()
 
 
-class _Before(Function):
-    """Passes a unit's input on; in backward it is the last of the unit."""
+class _InBackward(Function):
+    """Passes x on; in backward makes a call before it passes the gradient on."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gathering: Gathering, unit: str) -> Tensor:
-        ctx.release = gathering.release
-        ctx.unit = unit
+    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.release(ctx.unit)
-        return grads[0], None, None
-
-
-class _After(Function):
-    """Passes a unit's output on; in backward it is the first of the unit."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gathering: Gathering, unit: str) -> Tensor:
-        ctx.acquire = gathering.acquire_backward
-        ctx.unit = unit
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.acquire(ctx.unit)
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.call()
+        return grads[0], None
