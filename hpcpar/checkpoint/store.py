@@ -11,7 +11,6 @@ finds each of them without HDF5.
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import os
@@ -54,17 +53,30 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         yield file
 
 
+class _Memory(io.FileIO):
+    """A file that remembers why a write failed: h5py now and then tells an AttributeError of its own instead."""
+
+    failed: OSError | None = None
+
+    def write(self, raw: Any) -> int:
+        try:
+            return super().write(raw)
+        except OSError as error:
+            self.failed = error
+            raise
+
+
 def header_in_memory(build: Callable[[h5py.File], None]) -> int:
     """Return the descriptor of an HDF5 file in memory that `build` has filled; the caller closes it."""
     descriptor = os.memfd_create("hpcpar-hdf5")
+    memory = _Memory(descriptor, "r+", closefd=False)
     try:
-        with (io.FileIO(descriptor, "r+", closefd=False) as sparse,
-              h5py.File(sparse, "w", libver=_LIBVER, track_order=False) as file):
+        with memory, h5py.File(memory, "w", libver=_LIBVER, track_order=False) as file:
             build(file)
     except BaseException as error:
         os.close(descriptor)
-        if isinstance(error, AttributeError):  # what h5py now and then makes of a write that failed beneath it
-            raise OSError(errno.EIO, f"the header cannot be written to memory ({error})") from error
+        if memory.failed is not None:
+            raise memory.failed from error
         raise
     return descriptor
 

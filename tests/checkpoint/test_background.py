@@ -17,7 +17,7 @@ from hpcpar.checkpoint import latest_set, published_sets, read_state, verify_set
 from hpcpar.checkpoint.background import BackgroundSaver
 from hpcpar.checkpoint.format import INDEX
 from hpcpar.checkpoint.save import Published, Saving
-from hpcpar.checkpoint.store import open_hdf5
+from hpcpar.checkpoint.store import Dataset, declare, header_in_memory, open_hdf5
 from hpcpar.comm.control import Alone, Control
 from hpcpar.errors import CheckpointError
 from tests.checkpoint.processes import await_no_writer, writers
@@ -115,6 +115,19 @@ def test_a_full_disk_on_one_rank_fails_on_all_and_the_next_save_succeeds(tmp_pat
         assert seen[0::2] == ["step-00000001", "step-00000003"]
         assert seen[1].startswith("cannot save step-00000002: rank 1: OSError: [Errno 27] File too large")
     assert [verify_set(path).step for path in published_sets(tmp_path)] == [1, 3]
+
+
+def test_a_write_that_fails_beneath_hdf5_is_told_as_what_it_was() -> None:
+    datasets = [Dataset(f"a/{number}", (16,), "<f4", (0,)) for number in range(50)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for most in range(0, 6000, 60):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+            with pytest.raises(OSError, match="File too large"):
+                header_in_memory(lambda file: declare(file, datasets))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any("hpcpar-hdf5" in os.path.realpath(open_file) for open_file in Path("/proc/self/fd").iterdir())
 
 
 def test_a_state_that_is_no_json_fails_on_all_ranks(tmp_path: Path) -> None:
