@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,12 @@ class RunFolder:
         self.path.mkdir(mode=0o700, exist_ok=True)
         for folder in (self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines, such as metrics.jsonl; a line torn by a kill, or a missing file, is no error."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return found

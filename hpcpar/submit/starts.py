@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.errors import UserError
 
 
@@ -43,13 +43,7 @@ class Starts:
 
     def lines(self) -> list[dict[str, Any]]:
         """Return all starts and ends, oldest first; a line cut off by a dying node is left out."""
-        found = []
-        for line in _read(self.folder.submission / "starts.jsonl").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        return read_lines(self.folder.submission / "starts.jsonl")
 
     def note(self, **what: Any) -> None:
         """Add a line."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpcpar.config.job import Job
 from hpcpar.config.load import load_job
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.errors import UserError
 from hpcpar.planner.flops import model_flops
 from hpcpar.planner.hardware import is_cpu, load_machine
@@ -55,7 +55,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     if not folder.config.exists() and not folder.journal.exists():
         raise UserError(str(path), "is no run folder", "give the folder that hpcpar train --run made")
     job = load_job(folder.config) if folder.config.exists() else Job()
-    journal, lines = _json_lines(folder.journal), _json_lines(folder.metrics)
+    journal, lines = read_lines(folder.journal), read_lines(folder.metrics)
     steps = [line for line in lines if "loss" in line]
     recent = [line["step_s"] for line in steps[-_RECENT:]]
     step_s = median(recent) if recent else None
@@ -122,22 +122,11 @@ def _state(folder: RunFolder, journal: list[dict[str, Any]], quiet_s: float | No
 
 
 def _signs_of_life(folder: RunFolder) -> list[float]:
-    signs = [line["time"] for line in _json_lines(folder.journal)]
+    signs = [line["time"] for line in read_lines(folder.journal)]
     for path in (folder.metrics, *folder.watch.glob("beat-*")):
         if path.exists():
             signs.append(path.stat().st_mtime)
     return signs
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a torn last one is left out."""
-    found = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return found
 
 
 def rows(status: RunStatus) -> list[tuple[str, str]]:

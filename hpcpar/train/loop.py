@@ -92,6 +92,7 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     """
     layout, memory_before = Layout(job), peak_memory(world.device)
     said: list[str] = []
+    anew = "no set to go on from: begun anew" if folder.journal.exists() else "new run"
     on_disk, found, memory = _find(layout, world, folder, said)
     state = read_state(found) if found else None
     if found and state is not None:
@@ -117,7 +118,7 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     run = Run(job, world, folder, order, trainee, progress, metrics, saves, memory_before)
     for text in said:
         run.say(text)
-    whence = f"resumed {found.name}{' from memory' if found != on_disk else ''}" if found else "new run"
+    whence = f"resumed {found.name}{' from memory' if found != on_disk else ''}" if found else anew
     run.say(f"{whence} in {folder.path}: tp {layout.mesh.tp_size} x pp "
             f"{layout.mesh.pp_size} x dp {layout.mesh.dp_size} on {world.device.type}")
     _foretell(run)

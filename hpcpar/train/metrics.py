@@ -8,13 +8,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from hpcpar.config.job import Job
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.train.state import Progress
 from hpcpar.train.step import StepResult
 from hpcpar.train.waits import shares
@@ -31,26 +30,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of metrics.jsonl; a torn last line (a killed run) is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 class Metrics:
     """Writes a run's figures; made on rank 0 only."""
 
     def __init__(self, run: RunFolder, job: Job, progress: Progress, device: torch.device, live: bool):
         self._folder, self._job, self._device = run, job, device
         self._live = live or sys.stdout.isatty()
-        kept = [line for line in read_metrics(run.metrics) if line["step"] <= progress.step]
+        kept = [line for line in read_lines(run.metrics) if line["step"] <= progress.step]
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = run.metrics.open("a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # here: only rank 0 needs it, and its import takes long

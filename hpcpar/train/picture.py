@@ -8,14 +8,13 @@ import re
 from pathlib import Path
 
 from hpcpar.config.job import Job
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.errors import UserError
-from hpcpar.train.metrics import read_metrics
 
 
 def draw_run(folder: RunFolder, job: Job) -> list[Path]:
     """Draw loss.png and, if there is a timeline, timeline.png into the run folder; return their paths."""
-    lines = read_metrics(folder.metrics)
+    lines = read_lines(folder.metrics)
     if not lines:
         raise UserError(str(folder.path), "has no metrics yet", "train first: hpcpar train JOB --run DIR")
     pictures = [_draw_loss(folder, job, lines)]

@@ -11,7 +11,7 @@ import torch
 from hpcpar.checkpoint.format import step_of
 from hpcpar.checkpoint.verify import latest_set, published_sets
 from hpcpar.config.job import Job
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.data.sampler import SampleOrder
 from hpcpar.data.store import TokenStore
 from hpcpar.errors import CheckpointError, UserError
@@ -40,11 +40,12 @@ def check_compiler(job: Job, gpus: bool) -> None:
 
 
 def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
-    """Refuse a folder that was trained in but has no valid set, unless the user wants to start anew there.
+    """Refuse a folder that has lost its sets, unless the user wants to start anew there.
 
-    A broken newest set is refused in any case while an older good one exists: which to go on from is for people.
+    A broken newest set is refused in any case while an older good one exists: which to go on from is for people. A
+    run that ended before its first set has lost nothing that a new start does not make again, so it may begin anew:
+    at night, when its node was lost, nobody is there to say so.
     """
-    trained = folder.metrics.exists() or (folder.checkpoints.exists() and any(folder.checkpoints.iterdir()))
     try:
         found = latest_set(folder.checkpoints)
     except CheckpointError as error:
@@ -52,9 +53,15 @@ def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
             raise UserError(str(folder.path), str(error), "or choose another --run folder, or, where no good set is "
                             "left, start anew in this one with --allow-fresh") from None
         found = None
-    if trained and found is None and not allow_fresh:
-        raise UserError(str(folder.path), "was trained in, but holds no valid checkpoint set",
+    if found is None and not allow_fresh and _had_a_set(folder):
+        raise UserError(str(folder.path), "was trained in and saved, but holds no valid checkpoint set",
                         "choose another --run folder, or start anew in it with --allow-fresh")
+
+
+def _had_a_set(folder: RunFolder) -> bool:
+    """Return whether anything in a run folder tells of a set."""
+    return (any(folder.checkpoints.glob("step-*")) or any("save_s" in line for line in read_lines(folder.metrics))
+            or any(line["event"] == "start" and line["step"] for line in read_lines(folder.journal)))
 
 
 def check_space(job: Job, folder: RunFolder) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 from hpcpar.checkpoint.verify import published_sets, verify_set
 from hpcpar.config.load import to_toml
-from hpcpar.train.metrics import read_metrics
+from hpcpar.config.run_folder import read_lines
 from tests.chaos.test_failures import living
 from tests.train.small import make_job, make_store
 
@@ -92,7 +92,7 @@ class Chain:
 
     def reached(self) -> int:
         """Return the last step that was taken."""
-        return max((line["step"] for line in read_metrics(self.run / "metrics.jsonl") if "loss" in line), default=0)
+        return max((line["step"] for line in read_lines(self.run / "metrics.jsonl") if "loss" in line), default=0)
 
 
 def living_pids(mark: str) -> list[int]:
@@ -114,7 +114,7 @@ def strike(chain: Chain, seed: int) -> Outcome:
         return corrupt(chain, seed, rank, rng)
     code, error, detect_s = chain.start(fault, rank, step, delay_s, until)
     reached, newest = chain.reached(), chain.newest()
-    lines = read_metrics(chain.run / "metrics.jsonl")
+    lines = read_lines(chain.run / "metrics.jsonl")
     if first not in [line["step"] for line in lines]:
         wrong = f"did not go on from step {before}"
     elif fault in VERDICTS:
@@ -163,7 +163,7 @@ def corrupt(chain: Chain, seed: int, rank: int, rng: random.Random) -> Outcome:
 def compare_losses(chain: Chain, reference: Chain) -> str:
     """Return where a chain's losses differ from those of a run that nothing happened to."""
     mine, theirs = ({line["step"]: (line["loss"], line["grad_norm"], line["samples_hash"])
-                     for line in read_metrics(each.run / "metrics.jsonl") if "loss" in line}
+                     for line in read_lines(each.run / "metrics.jsonl") if "loss" in line}
                     for each in (chain, reference))
     differ = [step for step in mine if step in theirs and mine[step] != theirs[step]]
     missing = [step for step in range(1, max(mine) + 1) if step not in mine]

@@ -21,10 +21,9 @@ from hpcpar.comm.bootstrap import World, connect, open_process_group
 from hpcpar.config.job import Job
 from hpcpar.config.load import override
 from hpcpar.config.resolve import resolve
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.train.loop import start_run, train
-from hpcpar.train.metrics import read_metrics
 from hpcpar.train.preflight import open_order
 from tests.train.small import make_job, make_store
 
@@ -36,7 +35,7 @@ def campaign(world: World, place: Path, seeds: range) -> Counter[str]:
     job = resolve(make_job(place / "store", layout={"tp": 2, "pp": 2}, train={"steps": 12}), world.size)
     train_once(world, job, RunFolder(place / "whole"))
     whole = curve(place / "whole")
-    length_s = sum(line.get("step_s", 0.0) for line in read_metrics(place / "whole/metrics.jsonl"))
+    length_s = sum(line.get("step_s", 0.0) for line in read_lines(place / "whole/metrics.jsonl"))
     seen: Counter[str] = Counter()
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -80,7 +79,7 @@ def train_once(world: World, job: Job, folder: RunFolder, hit: tuple[signal.Sign
 def curve(run: Path) -> dict[int, tuple[float, str]]:
     """Return loss and samples of every step; in fp64 and at one layout they are equal to the last bit."""
     return {line["step"]: (line["loss"], line["samples_hash"])
-            for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
+            for line in read_lines(run / "metrics.jsonl") if "loss" in line}
 
 
 def main(count: int) -> None:

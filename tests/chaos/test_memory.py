@@ -17,10 +17,9 @@ from hpcpar.checkpoint import latest_set
 from hpcpar.comm.bootstrap import connect
 from hpcpar.config.load import to_toml
 from hpcpar.config.resolve import resolve
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.train.loop import start_run, train
-from hpcpar.train.metrics import read_metrics
 from hpcpar.train.preflight import open_order
 from tests.checkpoint.processes import await_no_writer
 from tests.train.small import make_job, make_store
@@ -36,7 +35,7 @@ def shared() -> Iterator[Path]:
 
 
 def losses(run: RunFolder) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(run.metrics) if "loss" in line}
+    return {line["step"]: line["loss"] for line in read_lines(run.metrics) if "loss" in line}
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")

@@ -19,10 +19,9 @@ from hpcpar.checkpoint.exchange import export_set, import_folder, load_network, 
 from hpcpar.checkpoint.families import foreign_tensors, from_config, to_config
 from hpcpar.checkpoint.store import open_hdf5
 from hpcpar.config.load import to_toml
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.data.store import TokenStore
 from hpcpar.errors import CheckpointError, UserError
-from hpcpar.train.metrics import read_metrics
 from tests.checkpoint.sets import GPT, LLAMA, UNTIED, make_layout, on_ranks, shards_of
 from tests.train.small import make_job, make_store
 
@@ -208,7 +207,7 @@ def test_training_goes_on_from_an_import_and_keeps_its_tokenizer(tmp_path: Path)
              "--train.steps", "2", "--train.precision", "fp32", "--train.global_batch", "8", "--checkpoint.every", "0"]
     assert cli.main(words) == 0
     assert latest_set(tmp_path / "new/checkpoints").name == "step-00000002"
-    first = read_metrics(tmp_path / "new/metrics.jsonl")[0]
+    first = read_lines(tmp_path / "new/metrics.jsonl")[0]
     assert first["step"] == 1 and abs(first["loss"] - want) < 1e-5
     kept = (tmp_path / "new/tokenizer/tokenizer.json").read_bytes()
     assert kept == (tmp_path / "hf/tokenizer.json").read_bytes() == (store / "tokenizer.json").read_bytes()

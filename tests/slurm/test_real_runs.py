@@ -18,7 +18,7 @@ import pytest
 
 from hpcpar.checkpoint.verify import latest_set, verify_set
 from hpcpar.config.load import to_toml
-from hpcpar.train.metrics import read_metrics
+from hpcpar.config.run_folder import read_lines
 from tests.slurm.conftest import CLUSTER, Place
 from tests.train.small import make_job, make_store
 
@@ -47,13 +47,13 @@ class RealPlace(Place):
         return done.split("job ")[1].split(":")[0]
 
     def step(self) -> int:
-        return max((line["step"] for line in read_metrics(self.run / "metrics.jsonl") if "loss" in line), default=0)
+        return max((line["step"] for line in read_lines(self.run / "metrics.jsonl") if "loss" in line), default=0)
 
     def until_step(self, step: int, limit_s: float = 400) -> None:
         self.until(lambda: self.step() >= step, limit_s)
 
     def curve(self) -> dict[int, tuple[float, str]]:
-        lines = [line for line in read_metrics(self.run / "metrics.jsonl") if "loss" in line]
+        lines = [line for line in read_lines(self.run / "metrics.jsonl") if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # each step once
         return {line["step"]: (line["loss"], line["samples_hash"]) for line in lines}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import pytest
 
 from hpcpar import cli
 from hpcpar.config.load import to_toml
+from hpcpar.config.run_folder import read_lines
 from hpcpar.data.sampler import SampleOrder
 from hpcpar.data.store import TokenStore
-from hpcpar.train.metrics import read_metrics
 from tests.train.small import make_job, make_store
 
 
@@ -38,7 +39,7 @@ def hpcpar(*words, ranks=0, **settings):
 def test_one_process_trains_stops_shows_and_generates(place, capsys):
     run, job = place / "alone", str(place / "job.toml")
     assert cli.main(["train", job, "--run", str(run)]) == 0
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
     assert {"step", "tokens", "loss", "grad_norm", "lr", "step_s", "tokens_per_s", "memory_bytes",
@@ -75,6 +76,22 @@ def test_a_folder_without_a_valid_set_is_refused(place, capsys):
     assert cli.main(["train", str(place / "job.toml"), "--run", str(run)]) == 2
     assert "--allow-fresh" in capsys.readouterr().err
     assert cli.main(["train", str(place / "job.toml"), "--run", str(run), "--allow-fresh"]) == 0
+
+
+def test_a_run_that_ended_before_its_first_set_begins_anew(place, capsys):
+    run, command = place / "early", ["train", str(place / "job.toml"), "--run", str(place / "early")]
+    assert cli.main(command) == 0
+    losses = [line.get("loss") for line in read_lines(run / "metrics.jsonl")]
+    shutil.rmtree(run / "checkpoints")
+    assert cli.main(command) == 2  # it had sets
+    assert "but holds no valid checkpoint set" in capsys.readouterr().err
+    unsaved = [line for line in read_lines(run / "metrics.jsonl") if "save_s" not in line]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unsaved[:2]))
+    (run / "checkpoints/.step-00000002.tmp").mkdir(parents=True)
+    assert cli.main(command) == 0
+    assert "no set to go on from: begun anew" in capsys.readouterr().out
+    assert [line.get("loss") for line in read_lines(run / "metrics.jsonl")] == losses
+    assert [path.name for path in (run / "checkpoints").glob(".*")] == []
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(place, capsys):
@@ -120,7 +137,7 @@ def test_one_dead_rank_ends_a_training_run_with_one_root_cause(place, how):
         command.remove("-m"), command.remove("hpcpar.cli")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
-        wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) > 2)
+        wait_for(lambda: len(read_lines(run / "metrics.jsonl")) > 2)
         if how == "kill":
             os.kill(rank_pid(str(run), 2), signal.SIGKILL)
         start = time.monotonic()

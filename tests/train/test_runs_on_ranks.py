@@ -12,12 +12,11 @@ import pytest
 
 from hpcpar.checkpoint.verify import latest_set, published_sets, verify_set
 from hpcpar.config.resolve import resolve
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.errors import RunError, UserError
 from hpcpar.parallel.reduction import Reduction
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.loop import start_run, train
-from hpcpar.train.metrics import read_metrics
 from hpcpar.train.preflight import open_order
 from hpcpar.train.state import FIRST_LOSS_SCALE
 from tests.train.small import make_job, make_store
@@ -54,7 +53,7 @@ def run_once(world, job, folder):
 
 
 def figures(folder, key):
-    return {line["step"]: line[key] for line in read_metrics(folder.metrics) if key in line}
+    return {line["step"]: line[key] for line in read_lines(folder.metrics) if key in line}
 
 
 def test_stop_and_resume_at_other_layouts_equals_an_uninterrupted_run(world, store, folder, apart):

@@ -24,12 +24,11 @@ from hpcpar.comm.bootstrap import World, connect
 from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
 from hpcpar.config.resolve import resolve
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
 from hpcpar.train import preflight
 from hpcpar.train.loop import Run, start_run, train
-from hpcpar.train.metrics import read_metrics
 from hpcpar.train.preflight import check_space, open_order, set_bytes
 from tests.checkpoint.processes import await_no_writer, writers
 from tests.train.small import make_job, make_store
@@ -65,7 +64,7 @@ def run_of(job: Job, folder: RunFolder) -> tuple[Run, World]:
 
 
 def figures(folder: RunFolder, key: str) -> dict[int, Any]:
-    return {line["step"]: line[key] for line in read_metrics(folder.metrics) if key in line}
+    return {line["step"]: line[key] for line in read_lines(folder.metrics) if key in line}
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

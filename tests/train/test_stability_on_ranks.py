@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from hpcpar.checkpoint.verify import latest_set
+from hpcpar.config.run_folder import read_lines
 from hpcpar.errors import RunError
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train import step
-from hpcpar.train.metrics import read_metrics
 from tests.train.small import make_job
 from tests.train.test_runs_on_ranks import figures, folder, run_once, store  # noqa: F401 - fixtures
 
@@ -158,5 +158,5 @@ def test_a_slow_rank_is_named_with_its_host(world, store, folder, monkeypatch): 
                    data={"validate_every": 0})
     run_once(world, job, folder)
     if world.rank == 0:
-        slow = [line for line in read_metrics(folder.metrics) if "slow_rank" in line]
+        slow = [line for line in read_lines(folder.metrics) if "slow_rank" in line]
         assert [line["slow_rank"] for line in slow] == [5] and slow[0]["host"] == world.host, slow
