@@ -94,7 +94,7 @@ def submit(job_file: Path, overrides: Sequence[str], run: Path, environment: Mut
         raise UserError("--executor", f"{request.executor} knows no --sweep and no --depend", "leave it out")
     folder = RunFolder(run.absolute())  # absolute, for the ranks may start elsewhere
     if slurm and not request.depend:
-        _check_alone(folder)
+        _check_alone(folder, bool(request.sweep))
     notes = tuple(dict.fromkeys(note for point in found for note in check(point.job, folder))) if slurm else ()
     launch = [] if slurm else _mpirun(found[0].job.world_size, path)  # refused before anything is written
     code = _prepare(folder, found, package or Path(hpcpar.__file__).parent)
@@ -104,12 +104,22 @@ def submit(job_file: Path, overrides: Sequence[str], run: Path, environment: Mut
         return _to_this_machine(submit_spec(found[0].job, job_file.stem), folder, code, launch, request)
 
 
-def _check_alone(folder: RunFolder) -> None:
-    """Refuse a folder that a job runs in: two would write the same checkpoints."""
-    last = Starts(folder).lines()[-1:]
-    if last and ask.job_fields(str(last[0]["job"])).get("JobState") == "RUNNING":
-        raise UserError(str(folder.path), f"job {last[0]['job']} runs in it", f"give --depend {last[0]['job']} to go "
-                        "on when it has ended, or another --run folder")
+def _check_alone(folder: RunFolder, is_sweep: bool) -> None:
+    """Refuse a folder that a job runs in, or waits for: two would write the same checkpoints.
+
+    A sweep's folder only holds those of its runs, and may be added to.
+    """
+    started = {str(line["job"]) for line in Starts(folder).lines()[-1:]}
+    submitted = {path.name.partition("_")[0] for path in folder.submission.glob("*_submitted.pkl") if not is_sweep}
+    for job_id in sorted(started | submitted):
+        job = ask.job_fields(job_id)
+        state = job.get("JobState", "")
+        # what was submitted locally is a process's number, perhaps some other job's too
+        ours = job_id in started or job.get("Command", "").startswith(str(folder.submission))
+        if ours and state in ("RUNNING", "PENDING", "SUSPENDED"):
+            does = "runs in it" if state == "RUNNING" else f"is to run in it ({state.lower()})"
+            raise UserError(str(folder.path), f"job {job_id} {does}", f"give --depend {job_id} to go on when it has "
+                            f"ended, scancel {job_id}, or choose another --run folder")
 
 
 def _prepare(folder: RunFolder, found: Sequence[Point], package: Path) -> Snapshot:

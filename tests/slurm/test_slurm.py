@@ -242,6 +242,19 @@ def test_a_job_waits_for_the_one_that_it_depends_on(place):
     place.until_state(first, "CANCELLED")
 
 
+def test_a_second_job_in_a_folder_that_one_waits_for_is_refused(place):
+    place.call("scontrol", "update", "partitionname=main", "state=down")
+    try:
+        waiting = place.submit()
+        with pytest.raises(AssertionError, match=rf"job {waiting} is to run in it \(pending\)"):
+            place.submit()
+        place.call("scancel", waiting)
+        place.until_state(waiting, "CANCELLED")
+        place.call("scancel", place.submit())
+    finally:
+        place.call("scontrol", "update", "partitionname=main", "state=up")
+
+
 def test_an_elastic_job_takes_fewer_nodes_at_a_legal_dp(place):
     for node in ("node1", "node3"):
         place.call("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
