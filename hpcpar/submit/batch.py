@@ -151,8 +151,9 @@ class Batch:
             self._say(f"{name} let this run down ({why})")
 
     def _requeue(self) -> bool:
-        bad = [*self.starts.bad_nodes()]
-        return requeue(self.job_id, bad if bad and self._can_exclude(bad) else [])
+        bad, job = [*self.starts.bad_nodes()], self._job()
+        fewest = fewest_nodes(job) * job.machine.gpus_per_node if job.submit.elastic else None
+        return requeue(self.job_id, bad if bad and self._can_exclude(bad) else [], fewest)
 
     def _can_exclude(self, bad: Sequence[str]) -> bool:
         """Tell whether the partition has nodes enough without these."""

@@ -16,17 +16,23 @@ from hpcpar.submit.starts import Starts
 PATIENCE_S = 10.0
 
 
-def requeue(job_id: str, exclude: Sequence[str]) -> bool:
-    """Ask Slurm to run this job again, without the nodes of `exclude`; return whether it agreed."""
+def requeue(job_id: str, exclude: Sequence[str], fewest_tasks: int | None = None) -> bool:
+    """Ask Slurm to run this job again, without the nodes of `exclude`; return whether it agreed.
+
+    `fewest_tasks`: with how many tasks it may start. Slurm keeps the number of the first start, and a job that had
+    all its nodes then never starts on fewer (seen with 22.05).
+    """
     already = ask.job_fields(job_id).get("ExcNodeList", "(null)")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script, and us before we have excluded
     if ask.slurm("scontrol", "requeue", job_id) is None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return False
     names = ",".join([*([] if already == "(null)" else [already]), *exclude])
+    changes = [*([f"excnodelist={names}"] if exclude else []),
+               *([f"numtasks={fewest_tasks}"] if fewest_tasks is not None else [])]
     end = time.monotonic() + PATIENCE_S
     # refused until the job is pending
-    while exclude and ask.slurm("scontrol", "update", f"jobid={job_id}", f"excnodelist={names}") is None:
+    while changes and ask.slurm("scontrol", "update", f"jobid={job_id}", *changes) is None:
         if time.monotonic() > end:
             break
         time.sleep(0.1)

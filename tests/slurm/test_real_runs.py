@@ -76,21 +76,20 @@ class RealPlace(Place):
 
     def finish(self, job_id: str, fault: str) -> None:
         """Let the requeued job start at once, and wait for its end."""
-        before, start = self.step(), 0.0
+        before = self.step()
         time.sleep(2)
 
+        def starts() -> list[float]:
+            return [line["time"] for line in read_lines(self.run / "submit/starts.jsonl") if "nodes" in line]
+
         def stepped() -> bool:
-            nonlocal start
             if self.state(job_id) == "PENDING":
                 subprocess.run(["scontrol", "update", f"jobid={job_id}", "starttime=now"], env=self.environment,
                                check=False, capture_output=True)
-            elif not start:
-                start = time.monotonic()
-            starts = (self.run / "submit/starts.jsonl").read_text().splitlines()
-            return len([line for line in starts if "nodes" in line]) > 1 and self.step() != before
+            return len(starts()) > 1 and self.step() != before
 
         self.until(stepped, 600)
-        MEASURED.append(f"{fault}: first step {time.monotonic() - start:.1f} s after the job started again")
+        MEASURED.append(f"{fault}: first step {time.time() - starts()[-1]:.1f} s after Slurm started the job again")
         self.until_state(job_id, "COMPLETED", limit_s=600)
 
 

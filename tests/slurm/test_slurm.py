@@ -270,6 +270,25 @@ def test_an_elastic_job_takes_fewer_nodes_at_a_legal_dp(place):
         place.logs()
 
 
+def test_a_requeued_elastic_job_starts_on_the_nodes_that_are_left(place):
+    place.run.mkdir(mode=0o700)
+    (place.run / "wait").touch()
+    job_id = place.submit(["--machine.nodes", "3", "--submit.elastic", "true", "--layout.dp", "3",
+                           "--train.global_batch", "6"])
+    place.until(lambda: len(place.told()) == 6)
+    first = place.shown(job_id)["NodeList"]
+    try:
+        for node in ("node3", "node4"):
+            place.call("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
+        place.call("scancel", "--signal=USR2", job_id)
+        place.until_completed_again(job_id)
+    finally:
+        for node in ("node3", "node4"):
+            place.call("scontrol", "update", f"nodename={node}", "state=resume")
+    assert first == "node[1-3]" and place.shown(job_id)["NodeList"] == "node[1-2]", place.logs()
+    assert len(place.told(1)) == 4 and place.told(1)[0]["words"][-2:] == ["--layout.dp", "2"], place.logs()
+
+
 def test_what_lies_in_the_run_folder_is_private_and_holds_no_secret(place):
     place.environment["HF_TOKEN"] = "hf_do_not_write_me_down"
     place.environment["FROM_THE_SHELL"] = "yes"
