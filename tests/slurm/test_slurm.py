@@ -271,6 +271,7 @@ def test_an_elastic_job_takes_fewer_nodes_at_a_legal_dp(place):
 
 
 def test_a_requeued_elastic_job_starts_on_the_nodes_that_are_left(place):
+    place.until(lambda: place.call("sinfo", "-h", "-p", "main", "-o", "%D %T").strip() == "4 idle")  # not idle*
     place.run.mkdir(mode=0o700)
     (place.run / "wait").touch()
     job_id = place.submit(["--machine.nodes", "3", "--submit.elastic", "true", "--layout.dp", "3",
@@ -281,6 +282,7 @@ def test_a_requeued_elastic_job_starts_on_the_nodes_that_are_left(place):
         for node in ("node3", "node4"):
             place.call("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
         place.call("scancel", "--signal=USR2", job_id)
+        place.until_state(job_id, "PENDING")
         place.until_completed_again(job_id)
     finally:
         for node in ("node3", "node4"):
