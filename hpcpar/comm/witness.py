@@ -295,7 +295,7 @@ def wake_quickly() -> None:
     """Ask Linux 6.12 and later to run this process as soon as it wakes: a short slice needs no privilege there.
 
     Ranks that spin in MPI keep their processors for whole slices. Measured with two witnesses on two cores: 2 of 25
-    deaths were seen 10 ms late, as the launcher killed the other witness's ranks; with it 0 of 60. Else no effect.
+    deaths were seen 10 ms late, as the launcher killed the other witness's ranks; with it 0 of 120. Else no effect.
     """
     number = {"x86_64": 314, "aarch64": 274}.get(platform.machine())  # sched_setattr; glibc has it since 2.41 only
     if number is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 
 from hpcpar.config.job import Job
-from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.errors import UserError, did_you_mean
 from hpcpar.planner.hardware import known_machines
 from hpcpar.planner.plan import Plan, make_plan
@@ -76,9 +75,8 @@ def _check_time(job: Job, step_s: float) -> list[str]:
 def measured_step_s(folder: RunFolder) -> float | None:
     """Return the median time of the last steps that this run folder knows of, or None."""
     try:
-        lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()[-50:]]
-        steps = sorted(line["step_s"] for line in lines if "step_s" in line)
-    except (OSError, ValueError):
+        steps = sorted(line["step_s"] for line in read_lines(folder.metrics)[-50:] if "step_s" in line)
+    except OSError:
         return None
     return steps[len(steps) // 2] if steps else None
 

@@ -16,11 +16,11 @@ from hpcpar.submit.starts import Starts
 PATIENCE_S = 10.0
 
 
-def requeue(job_id: str, exclude: Sequence[str], fewest_tasks: int | None = None) -> bool:
+def requeue(job_id: str, exclude: Sequence[str], fewest_tasks: int | None) -> bool:
     """Ask Slurm to run this job again, without the nodes of `exclude`; return whether it agreed.
 
-    `fewest_tasks`: with how many tasks it may start. Slurm keeps the number of the first start, and a job that had
-    all its nodes then never starts on fewer (seen with 22.05).
+    `fewest_tasks`: with how many tasks it may start; None leaves that. Slurm keeps the number of the first start, and
+    a job that had all its nodes then never starts on fewer (seen with 22.05).
     """
     already = ask.job_fields(job_id).get("ExcNodeList", "(null)")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script, and us before we have excluded

@@ -111,7 +111,8 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         folder.stop.unlink(missing_ok=True)  # now, not when it was obeyed: a requeue asks whether it is there
         folder.config.write_text(to_toml(job))
         metrics = Metrics(folder, job, progress, world.device, live)
-        metrics.journal("start", step=progress.step, ranks=world.size, host=world.host, pid=os.getpid())
+        metrics.journal("start", step=progress.step, set=found.name if found else "", ranks=world.size, host=world.host,
+                        pid=os.getpid())
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
     saved_step = progress.step if found and found == on_disk else -1
     saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, saved_step, metrics, memory)

@@ -59,9 +59,9 @@ def check_run_folder(folder: RunFolder, allow_fresh: bool) -> None:
 
 
 def _had_a_set(folder: RunFolder) -> bool:
-    """Return whether anything in a run folder tells of a set."""
+    """Return whether anything in a run folder tells of a set: one that was saved, or imported."""
     return (any(folder.checkpoints.glob("step-*")) or any("save_s" in line for line in read_lines(folder.metrics))
-            or any(line["event"] == "start" and line["step"] for line in read_lines(folder.journal)))
+            or any(line.get("set") or line["step"] for line in read_lines(folder.journal)))
 
 
 def check_space(job: Job, folder: RunFolder) -> None:

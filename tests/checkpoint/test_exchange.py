@@ -209,8 +209,13 @@ def test_training_goes_on_from_an_import_and_keeps_its_tokenizer(tmp_path: Path)
     assert latest_set(tmp_path / "new/checkpoints").name == "step-00000002"
     first = read_lines(tmp_path / "new/metrics.jsonl")[0]
     assert first["step"] == 1 and abs(first["loss"] - want) < 1e-5
+    assert [line["set"] for line in read_lines(tmp_path / "new/journal.jsonl") if line["event"] == "start"] == [
+        "step-00000000"]
     kept = (tmp_path / "new/tokenizer/tokenizer.json").read_bytes()
     assert kept == (tmp_path / "hf/tokenizer.json").read_bytes() == (store / "tokenizer.json").read_bytes()
+    shutil.rmtree(tmp_path / "new/checkpoints")
+    (tmp_path / "new/metrics.jsonl").unlink()
+    assert cli.main(words) == 2  # had imported weights: not to begin anew with first ones, without a word
 
 
 def read_loss(place: Path) -> float:

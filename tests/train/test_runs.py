@@ -87,6 +87,9 @@ def test_a_run_that_ended_before_its_first_set_begins_anew(place, capsys):
     assert "but holds no valid checkpoint set" in capsys.readouterr().err
     unsaved = [line for line in read_lines(run / "metrics.jsonl") if "save_s" not in line]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unsaved[:2]))
+    assert cli.main(command) == 2  # it was done, and so had saved
+    start, *_ = (run / "journal.jsonl").read_text().splitlines(keepends=True)
+    (run / "journal.jsonl").write_text(start)
     (run / "checkpoints/.step-00000002.tmp").mkdir(parents=True)
     assert cli.main(command) == 0
     assert "no set to go on from: begun anew" in capsys.readouterr().out
