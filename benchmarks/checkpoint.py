@@ -4,8 +4,9 @@
 
 All candidates write the same bytes with the same number of writers to the same disk, every file is synced, and every
 load begins with the files dropped from the page cache and fills fresh memory. They take turns within every repetition,
-so that a disturbance of the machine hits them alike; the table shows medians. Before a load every rank touches and
-frees as much memory: a virtual machine may have to ask its host for it, which can take longer than the load.
+so that a disturbance of the machine hits them alike; the table shows medians. Before each save and load every rank
+touches and frees what that may need (the page cache, the arrays, a candidate's copy of them): a virtual machine may
+have to ask its host for memory, which can take several times as long as the load.
 """
 
 from __future__ import annotations
@@ -184,6 +185,7 @@ def measure(world: World, repeat: int, mib: int, where: Path) -> dict[str, Any]:
     seconds: dict[str, dict[str, list[float]]] = {name: {"save": [], "load": []} for name in chosen}
 
     def timed(work: Callable[[Path], object], folder: Path) -> float:
+        np.ones(3 * own, np.uint8)
         world.control.barrier()
         start = time.perf_counter()
         kept = work(folder)
@@ -204,7 +206,6 @@ def measure(world: World, repeat: int, mib: int, where: Path) -> dict[str, Any]:
             if world.rank == 0:
                 sync_all(folder)
                 drop_from_cache(folder)
-            np.ones(own, np.uint8)
             seconds[name]["load"].append(timed(candidate.load, folder))
             candidate.clear()
             if world.rank == 0:

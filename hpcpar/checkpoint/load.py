@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hpcpar.checkpoint.format import BFLOAT16, WEIGHT, Manifest, bits_of, read_manifest
-from hpcpar.checkpoint.read import Read, Wanted, read_verified, read_wanted
+from hpcpar.checkpoint.read import Read, Wanted, ask_ahead, read_verified, read_wanted
 from hpcpar.comm.control import Control
 from hpcpar.errors import CheckpointError, HpcparError, did_you_mean
 from hpcpar.layout.boxes import Box, whole
@@ -46,8 +46,11 @@ def load_together(path: Path, layout: Layout, control: Control,
     why = ""
     try:
         manifest = read_manifest(path)
+        share = share_of(manifest, control.rank, control.size)
+        for name in share:
+            ask_ahead(path / name)
         shards, wanted = _empty_shards(path, manifest, layout, control.rank, dtype)
-        _fill(path, manifest, wanted, share_of(manifest, control.rank, control.size))
+        _fill(path, manifest, wanted, share)
     except HpcparError as error:  # whatever it is: not to answer would leave the others waiting
         why = str(error)
     reasons = sorted({reason for reason in control.all_gather(why) if reason})
