@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from hpcpar.layout.mesh import Coordinates, Mesh
+from hpcpar.layout.mesh import GROUPS, Coordinates, Mesh
 
 Group = dist.ProcessGroup
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A rank's groups; None stands for "only me".
+    """A rank's groups, with the names and members of `Mesh.members`; None stands for "only me".
 
     Forward and backward messages of the pipeline have a group each. On NCCL a group's operations run one after the
     other: with a single group, stage i's send of an activation would stand before its receive of a gradient, while
@@ -24,6 +24,7 @@ class Groups:
     at: Coordinates
     tp: Group | None
     dp: Group | None
+    dp_across: Group | None
     pp_forward: Group | None
     pp_backward: Group | None
     everyone: Group | None
@@ -31,7 +32,7 @@ class Groups:
     @property
     def opened(self) -> list[Group]:
         """The groups that exist."""
-        return [g for g in (self.tp, self.dp, self.pp_forward, self.pp_backward, self.everyone) if g is not None]
+        return [group for name in GROUPS if (group := getattr(self, name)) is not None]
 
     def close(self) -> None:
         """Free the communicators, except the world's; every member must call."""
@@ -43,10 +44,11 @@ class Groups:
 def open_groups(mesh: Mesh, global_rank: int) -> Groups:
     """Open the groups of the ranks [0, mesh.size); only they may call, all in the same order.
 
-    Cost: at most 5 communicators a rank (6 with context parallelism), at any scale.
+    Cost: at most 5 communicators a rank (6 with hybrid sharding), at any scale.
     """
 
-    def opened(ranks: tuple[int, ...], name: str) -> Group | None:
+    def opened(name: str) -> Group | None:
+        ranks = mesh.members(name, global_rank)
         if len(ranks) == 1:
             return None
         if name == "everyone" and len(ranks) == dist.get_world_size():
@@ -54,13 +56,4 @@ def open_groups(mesh: Mesh, global_rank: int) -> Groups:
         group: Group = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
         return group
 
-    tp, dp, pp = (mesh.group(axis, global_rank) for axis in ("tp", "dp", "pp"))
-    return Groups(
-        mesh=mesh,
-        at=mesh.coordinates(global_rank),
-        tp=opened(tp, "tp"),
-        dp=opened(dp, "dp"),
-        pp_forward=opened(pp, "pp_forward"),
-        pp_backward=opened(pp, "pp_backward"),
-        everyone=opened(tuple(range(mesh.size)), "everyone"),
-    )
+    return Groups(mesh, mesh.coordinates(global_rank), *(opened(name) for name in GROUPS))

@@ -143,7 +143,8 @@ def _search(args: argparse.Namespace, words: Words) -> None:
     job = load_job(args.job, words)
     num_gpus = args.gpus or job.machine.nodes * job.machine.gpus_per_node
     # the wish's own layout is what is searched for: it need not be legal for this number of GPUs
-    plain = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1, "chunks": 1, "schedule": "1f1b", "table": ()}
+    plain = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1, "chunks": 1, "schedule": "1f1b", "table": (),
+             "zero": 1}
     job = resolve(override(job, layout=plain, train={"microbatch": 1}), on_paper=True)
     if args.budget:
         print(_budget(job, num_gpus, args.budget))

@@ -50,12 +50,29 @@ class LayoutWish:
                                                            "own; pipedream and 2bw on paper only (show --schedule)")
     table: str | tuple[str, ...] = option((), "schedule = table: a file with a line a pipeline rank such as "
                                               "0F0,0F1,0B0,0B1 (chunk, F B I or W, microbatch), or these lines")
-    zero: Literal[0, 1, 2, 3] = option(1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights "
-                                          "too")
+    zero: Literal[0, 1, 2, 3] | tuple[Literal[1, 2, 3], int] = option(
+        1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights too; [3, 8]: over each 8 neighbours "
+           "in dp, such as those of a node, not over all (hybrid sharding)")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     recompute: Literal["none", "selective", "full", "auto"] = option(
         "none", "recompute in backward: nothing, the attention block, the layer; auto: as little as fits by the plan")
     bucket_mib: float = option(32.0, "gradient bucket size in MiB", 0.001)
+
+    @property
+    def zero_stage(self) -> int:
+        """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too."""
+        return self.zero if isinstance(self.zero, int) else self.zero[0]
+
+    @property
+    def num_shards(self) -> int:
+        """Into how many pieces that is cut, of a resolved wish: all of dp, or fewer (hybrid sharding)."""
+        over = required(self.dp) if isinstance(self.zero, int) else self.zero[1]
+        return over if self.zero_stage else 1
+
+    @property
+    def zero_text(self) -> str:
+        """The stage, and over whom, for people."""
+        return str(self.zero) if isinstance(self.zero, int) else f"{self.zero[0]} over {self.zero[1]} of {self.dp}"
 
 
 @dataclass(frozen=True)

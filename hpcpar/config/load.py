@@ -220,4 +220,6 @@ def _example(hint: Any) -> str:
         return _example(args[0])
     if origin is tuple:
         return f"[{', '.join(_example(a) for a in args if a is not Ellipsis)}]"
+    if origin is typing.Literal:
+        return json.dumps(args[0])
     return {int: "1", float: "0.1", str: '"name"', bool: "true"}[hint]

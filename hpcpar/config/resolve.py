@@ -36,6 +36,7 @@ def resolve(job: Job, world_size: int | None = None, on_paper: bool = False) -> 
     _check_schedule(job)
     _check_world(job, world_size)
     _check_batch(job)
+    _check_zero(job)
     _check_optim(job)
     return job
 
@@ -184,6 +185,14 @@ def _check_batch(job: Job) -> None:
                  f"nearest legal start: {least}")
         _require(layout.schedule != "table", "optim.ramp", "changes the microbatches of a step, a table does not",
                  "leave the ramp out, or choose a schedule by name")
+
+
+def _check_zero(job: Job) -> None:
+    if isinstance(job.layout.zero, tuple):
+        (stage, over), dp = job.layout.zero, required(job.layout.dp)
+        legal = [n for n in _divisors(dp) if n > 1]
+        _require(over in legal, "layout.zero", f"[{stage}, {over}] shards over {over} of layout.dp = {dp} ranks: must "
+                 f"be 2 or more and divide dp", nearest(over, legal) if legal else "write zero = 0")
 
 
 def _around(value: int, unit: int) -> list[int]:

@@ -17,7 +17,7 @@ def describe(layout: Layout) -> str:
         f"ranks        {mesh.size} = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}, tp fastest",
         f"batch        {job.train.global_batch} sequences = {mesh.dp_size} replicas x "
         f"{layout.num_microbatches} microbatches x {job.train.microbatch}",
-        f"schedule     {job.layout.schedule}{_chunks(layout)}, ZeRO {job.layout.zero}, sequence parallelism "
+        f"schedule     {job.layout.schedule}{_chunks(layout)}, ZeRO {job.layout.zero_text}, sequence parallelism "
         f"{'on' if layout.sequence_parallel else 'off'}, recompute {job.layout.recompute}",
         "",
     ]

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 from hpcpar.config.job import Job, required
 from hpcpar.layout.buckets import Bucket, Piece, make_buckets, owned_pieces
-from hpcpar.layout.mesh import Mesh
+from hpcpar.layout.mesh import Coordinates, Mesh
 from hpcpar.layout.parameters import Parameter, parameter_table
 from hpcpar.layout.schedule import Action, Kind, Schedule, forward_only, make_programs, make_schedule, place_chunks
 from hpcpar.layout.schedule.table import parse_table
@@ -34,7 +34,8 @@ class Layout:
     def mesh(self) -> Mesh:
         """The mesh of ranks."""
         wish = self.job.layout
-        return Mesh(wish.pp, required(wish.dp), wish.cp, wish.tp)
+        inner = wish.num_shards if isinstance(wish.zero, tuple) else None
+        return Mesh(wish.pp, required(wish.dp), wish.cp, wish.tp, inner)
 
     @cached_property
     def table(self) -> tuple[Parameter, ...]:
@@ -80,17 +81,22 @@ class Layout:
     @property
     def num_shards(self) -> int:
         """Into how many pieces ZeRO cuts a bucket."""
-        return self.mesh.dp_size if self.job.layout.zero else 1
+        return self.job.layout.num_shards
+
+    def shard_of(self, at: Coordinates) -> tuple[int, int]:
+        """Return which shard a rank owns, and the number of its copy: 0, but for equal shards of other dp ranks."""
+        copy, shard = divmod(at.dp_rank, self.num_shards)
+        return shard, copy
 
     @property
     def shards_gradients(self) -> bool:
         """Whether a rank keeps only its owned gradients between microbatches (ZeRO 2 and 3)."""
-        return self.num_shards > 1 and self.job.layout.zero >= 2
+        return self.num_shards > 1 and self.job.layout.zero_stage >= 2
 
     @property
     def shards_weights(self) -> bool:
         """Whether a rank keeps only its owned weights, and gathers a unit's while it computes with them (ZeRO 3)."""
-        return self.num_shards > 1 and self.job.layout.zero == 3
+        return self.num_shards > 1 and self.job.layout.zero_stage == 3
 
     @property
     def element_bytes(self) -> int:
@@ -215,14 +221,14 @@ class Layout:
     def stored_pieces(self, global_rank: int) -> list[Piece]:
         """List the boxes that a rank writes into a checkpoint: every element of the model once over all ranks."""
         at = self.mesh.coordinates(global_rank)
-        if self.num_shards == 1 and at.dp_rank > 0:
+        index, copy = self.shard_of(at)
+        if copy > 0:
             return []
-        index = at.dp_rank if self.num_shards > 1 else 0
         pieces = owned_pieces(self.buckets(at.pp_rank, at.tp_rank), self.num_shards, index)
         return [p for p in pieces if self.counts(p.parameter, at.pp_rank, at.tp_rank)]
 
     def held_pieces(self, global_rank: int) -> list[Piece]:
         """List the boxes whose optimizer state a rank holds, copies included: what it reads from a checkpoint."""
         at = self.mesh.coordinates(global_rank)
-        index = at.dp_rank if self.num_shards > 1 else 0
+        index, _ = self.shard_of(at)
         return owned_pieces(self.buckets(at.pp_rank, at.tp_rank), self.num_shards, index)

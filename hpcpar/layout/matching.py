@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 from hpcpar.errors import HpcparError
 from hpcpar.layout.layout import Layout
-from hpcpar.layout.mesh import Mesh
+from hpcpar.layout.mesh import GROUPS, Mesh
 from hpcpar.layout.schedule import COMPUTE, SENDS, Action, Kind, receive_of
 from hpcpar.layout.traffic import Call, Traffic
 
-GROUPS = ("tp", "dp", "pp_forward", "pp_backward", "everyone")
 READS = {Kind.FORWARD: Kind.RECEIVE_FORWARD, Kind.BACKWARD: Kind.RECEIVE_BACKWARD,
          Kind.BACKWARD_INPUT: Kind.RECEIVE_BACKWARD}
 Message = tuple[object, ...]  # names a message on both ends: its receive
@@ -232,9 +231,9 @@ class _World:
 def _members(mesh: Mesh, group: str) -> list[tuple[int, ...]]:
     """Return the group of each rank; equal groups are one object."""
     if group == "everyone":
-        return [tuple(range(mesh.size))] * mesh.size
+        return [mesh.members(group, 0)] * mesh.size
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
-    return [known.setdefault(found, found) for found in (mesh.group(group[:2], rank) for rank in range(mesh.size))]
+    return [known.setdefault(found, found) for found in (mesh.members(group, rank) for rank in range(mesh.size))]
 
 
 def _say(call: Call | None) -> str:

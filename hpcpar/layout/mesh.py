@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 AXES = ("pp", "dp", "cp", "tp")
+GROUPS = ("tp", "dp", "dp_across", "pp_forward", "pp_backward", "everyone")
 
 
 class Coordinates(NamedTuple):
@@ -22,12 +23,17 @@ class Coordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Mesh:
-    """The sizes of the axes."""
+    """The sizes of the axes.
+
+    `dp_inner` consecutive dp ranks exchange among themselves before those of the same place in each such run do
+    (hybrid sharding); None: dp is one run.
+    """
 
     pp_size: int = 1
     dp_size: int = 1
     cp_size: int = 1
     tp_size: int = 1
+    dp_inner: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -59,3 +65,14 @@ class Mesh:
         at, index = self.coordinates(global_rank), AXES.index(axis)
         places = [at._replace(**{f"{axis}_rank": i}) for i in range(self.sizes[index])]
         return tuple(self.rank(place) for place in places)
+
+    def members(self, name: str, global_rank: int) -> tuple[int, ...]:
+        """Return the global ranks of a rank's process group, by its name: one of GROUPS."""
+        if name == "everyone":
+            return tuple(range(self.size))
+        ranks = self.group(name[:2], global_rank)
+        if not name.startswith("dp"):
+            return ranks
+        inner = self.dp_inner or self.dp_size
+        run, place = divmod(ranks.index(global_rank), inner)
+        return ranks[place::inner] if name == "dp_across" else ranks[run * inner:(run + 1) * inner]

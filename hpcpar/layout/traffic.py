@@ -26,7 +26,7 @@ class Call(NamedTuple):
     """
 
     op: str  # all_reduce | all_gather | reduce_scatter | send | receive
-    group: str  # tp | dp | pp_forward | pp_backward | everyone: a field of comm.groups.Groups
+    group: str  # one of mesh.GROUPS: a field of comm.groups.Groups
     num_bytes: int
     peer: int | None = None
 
@@ -98,9 +98,11 @@ class Traffic:
 
     @cached_property
     def late_reductions(self) -> tuple[Call, ...]:
-        """What follows the last backward: sums of owned shards over tp or with the tied copy; the step's four numbers.
+        """What follows the last backward: sums of owned shards, across a hybrid's runs of dp ranks, over tp, or with
+        the tied copy; then the step's four numbers.
         """
-        calls: list[Call] = []
+        across = self.layout.mesh.dp_inner not in (None, self.layout.mesh.dp_size)
+        calls = [Call("all_reduce", "dp_across", self._shard_bytes(bucket)) for bucket in self._buckets if across]
         for bucket in self._buckets:
             if bucket.late:
                 calls += self._with_tied_copy(bucket) if bucket.late == "tied" else [self._over_tp(bucket)]

@@ -1,7 +1,7 @@
 """Gradients, from their contributions to the owned sums over dp.
 
     contribution   ->  added to the bucket's whole gradient, and counted; after the last: reduce-scatter over dp
-    backward done  ->  wait; late buckets: owned shards are summed over tp, or with the tied copy
+    backward done  ->  wait; hybrid: owned shards are summed across; late buckets: over tp, or with the tied copy
 
 ZeRO 0 and 1 keep whole gradients and reduce them once a step. ZeRO 2 and 3 lend a bucket a buffer with its first
 contribution, reduce it whenever as many have come as a microbatch brings, and add the sum to the owned shard. So sums
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpcpar.comm.collectives import reduce_scatter_flat, zeros_of
-from hpcpar.comm.groups import Groups
+from hpcpar.comm.groups import Group, Groups
 from hpcpar.layout.buckets import Slot
 from hpcpar.layout.layout import Layout
 from hpcpar.parallel.buckets import FlatBucket
@@ -37,10 +37,12 @@ class Gradient:
         self.summed: list[Slot] = []  # those that autograd adds up: they start from zero
         self.whole = flat.grads
         self.fresh = True  # what lies in the owned sum is last step's
+        self.sums = 0  # over dp, still to come in this step
 
     def begin(self, num_microbatches: int) -> None:
         """Forget the last step's gradient."""
-        self.left = self.uses * (1 if self._reduction.lends else num_microbatches)
+        self.sums = num_microbatches if self._reduction.lends else 1
+        self.left = self.uses * num_microbatches // self.sums
         self.fresh = True
         if not self._reduction.lends:
             self._clear()
@@ -79,6 +81,7 @@ class Reduction:
         self.lends = layout.shards_gradients
         self.gradients = [Gradient(flat, self) for flat in buckets]
         self._under_way: deque[tuple[dist.Work, Gradient, Tensor]] = deque()
+        self._across: list[dist.Work] = []
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # buffers by length, to be lent again
 
     def lend(self, numel: int) -> Tensor:
@@ -103,8 +106,8 @@ class Reduction:
         self._under_way.append((work, gradient, whole))
         if self.lends:
             gradient.whole, gradient.left = flat.grads, gradient.uses
-            while len(self._under_way) > UNDER_WAY:
-                self._take()
+        while (self.lends or self.groups.dp_across is not None) and len(self._under_way) > UNDER_WAY:
+            self._take()
 
     def _take(self) -> None:
         """Wait for the oldest sum; one of a lent buffer goes to the owned shard."""
@@ -115,11 +118,26 @@ class Reduction:
             flat.own_grads.copy_(own) if gradient.fresh else flat.own_grads.add_(own)
             gradient.fresh = False
             self._free[whole.numel()].append(whole)
+        gradient.sums -= 1
+        if self.groups.dp_across is not None:
+            self._start_across(self.groups.dp_across)
+
+    def _start_across(self, group: Group) -> None:
+        """Hybrid sharding: sum, in the order of buckets, what has had its last sum with equal shards of other runs."""
+        for gradient in self.gradients[len(self._across):]:
+            if gradient.sums > 0:
+                return
+            work = dist.all_reduce(gradient.flat.own_grads, group=group, async_op=True)
+            assert work is not None
+            self._across.append(work)
 
     def finish(self) -> None:
         """Wait for all sums over dp, and do what late buckets need besides; all ranks of tp, pp and dp must call."""
         while self._under_way:
             self._take()
+        for work in self._across:
+            work.wait()
+        self._across.clear()
         for gradient in self.gradients:
             if gradient.flat.bucket.late == "tied":
                 self._add_tied_copy(gradient.flat)

@@ -24,13 +24,13 @@ def find_drift(optimizer: ShardedOptimizer) -> str:
     """Compare what should be equal copies; return the tensor and the rank that differs from most, or an empty text.
 
     Every rank must call; only those that share the tensor see the difference. Cost: one pass over the weights, and 8
-    bytes a tensor in one all-gather each over tp, dp and (tied) pp.
+    bytes a tensor in one all-gather each over tp, dp, across a hybrid's runs of dp, and (tied) pp.
     """
     layout, groups = optimizer.layout, optimizer.groups
     mesh, rank = layout.mesh, layout.mesh.rank(groups.at)
     sums: dict[str, Tensor] = {}
     cut: set[str] = set()
-    sharded: set[str] = set()  # over dp: nobody has a copy
+    sharded: set[str] = set()  # over dp: nobody there has a copy
     for flat in optimizer.buckets:
         for slot in flat.bucket.slots:
             sums[slot.parameter.name] = bit_sum(flat.kept(slot))
@@ -39,7 +39,8 @@ def find_drift(optimizer: ShardedOptimizer) -> str:
             if flat.gathers:
                 sharded.add(slot.parameter.name)
     found = [_compare({n: s for n, s in sums.items() if n not in cut}, groups.tp, mesh.group("tp", rank), "tp"),
-             _compare({n: s for n, s in sums.items() if n not in sharded}, groups.dp, mesh.group("dp", rank), "dp")]
+             _compare({n: s for n, s in sums.items() if n not in sharded}, groups.dp, mesh.members("dp", rank), "dp"),
+             _compare(sums, groups.dp_across, mesh.members("dp_across", rank), "dp")]
     if layout.tied_across_stages:
         tied = "embedding.token.weight"
         ends = (0, mesh.pp_size - 1)

@@ -37,7 +37,7 @@ class ShardedOptimizer:
                  device: torch.device, put_off: PutOff | None = None):
         at = groups.at
         self.layout, self.groups = layout, groups
-        index = at.dp_rank if layout.num_shards > 1 else 0
+        index, self._copy = layout.shard_of(at)
         self.buckets = [FlatBucket(b, layout, index, dtype, device, groups.dp)
                         for b in layout.buckets(at.pp_rank, at.tp_rank)]
         self.pieces = layout.held_pieces(layout.mesh.rank(at))
@@ -103,7 +103,7 @@ class ShardedOptimizer:
         """Return this rank's share of the squared global gradient norm (float64): every element counts once."""
         at = self.groups.at
         total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].own_grads.device)
-        if self.layout.num_shards == 1 and at.dp_rank > 0:
+        if self._copy > 0:
             return total
         for flat in self.buckets:
             counted = {s.parameter.name: self.layout.counts(s.parameter, at.pp_rank, at.tp_rank)

@@ -121,7 +121,7 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
     element = ELEMENT_BYTES[train.precision]
     sequence_parallel = wish.sequence_parallel and wish.tp > 1
     seq_cut = dataclasses.replace(model, seq=-(-model.seq // wish.cp)) if wish.cp > 1 else model
-    states = state_memory(numel, required(wish.dp) * wish.cp, wish.zero, train.precision, practice)
+    states = state_memory(numel, wish.num_shards * wish.cp, wish.zero_stage, train.precision, practice)
 
     def layer(recompute: str) -> float:
         return layer_activation_bytes(seq_cut, wish.tp, sequence_parallel, train.microbatch, recompute,
@@ -141,13 +141,13 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
         activations += in_flight * message  # a stage's output lives until its gradient is back
     buffers = (4.0 if wish.tp > 1 else 2.0) * full_width
     buffers += practice.bucket_bytes + (2 * message if wish.pp > 1 else 0)
-    if wish.zero >= 2 and required(wish.dp) * wish.cp > 1:
+    if wish.zero_stage >= 2 and wish.num_shards * wish.cp > 1:
         counts = rank_counts(model, wish.tp)
         ends = counts.token_embedding if first or last else 0.0
         # gradients before their reduction: the embedding's, and some buckets' (each a matrix at least, a layer at most)
         bucket = min(counts.layer, max(wish.bucket_mib * 2**20 / 4, model.hidden * required(model.ffn) / wish.tp))
         buffers += max(4, element) * (ends + LENT_BUCKETS * bucket)
-        if wish.zero == 3:  # gathered weights: of a layer, of the next, of the embedding
+        if wish.zero_stage == 3:  # gathered weights: of a layer, of the next, of the embedding
             buffers += element * (2 * counts.layer + ends)
     return dataclasses.replace(states, activations=activations, buffers=buffers, logits=logits,
                                fragmentation=FRAGMENTATION * (activations + buffers + logits))

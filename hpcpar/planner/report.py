@@ -45,7 +45,7 @@ def _layout(plan: Plan) -> list[str]:
     return [
         f"layout       {job.world_size} {plan.machine.name} = tp {wish.tp} x pp {wish.pp}{chunks} x dp {pricing.dp}"
         + (f" x cp {wish.cp}" if wish.cp > 1 else "")
-        + f"; {wish.schedule}, ZeRO-{wish.zero}, recompute {wish.recompute}, sequence parallelism "
+        + f"; {wish.schedule}, ZeRO-{wish.zero_text}, recompute {wish.recompute}, sequence parallelism "
         + ("on" if pricing.cut.sequence_parallel else "off"),
         f"             {pricing.num_microbatches} microbatches of {job.train.microbatch} a replica; "
         f"{max(pricing.layers)} layers a chunk{uneven}",

@@ -50,7 +50,8 @@ def search(job: Job, num_gpus: int, machine: Machine | None = None, practice: Pr
     for candidate in _candidates(job, num_gpus, chosen, found.refused):
         pricing = Pricing(candidate, chosen, practice)
         if pricing.least_memory_bytes() > (1 - SPARE) * pricing.machine.chip.usable_bytes:
-            found.refused[f"recompute {candidate.layout.recompute}, ZeRO-{candidate.layout.zero}: does not fit with "
+            wish = candidate.layout
+            found.refused[f"recompute {wish.recompute}, ZeRO-{wish.zero_stage}: does not fit with "
                           f"{SPARE:.0%} to spare"] += 1
             continue
         found.num_priced += 1
@@ -134,7 +135,7 @@ def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda j
     dp = required(wish.dp)
     changes: list[tuple[str, dict[str, Any], int]] = [
         (f"layout.recompute {mode}", {"recompute": mode}, micro) for mode in ("selective", "full")]
-    changes += [(f"layout.zero {zero}", {"zero": zero}, micro) for zero in (1, 2, 3) if zero > wish.zero]
+    changes += [(f"layout.zero {zero}", {"zero": zero}, micro) for zero in (1, 2, 3) if zero > wish.zero_stage]
     changes += [(f"train.microbatch {micro // 2}", {}, micro // 2)] if micro > 1 else []
     for name in ("tp", "pp"):
         changes += [(f"layout.{name} {getattr(wish, name) * f} (layout.dp {dp // f})",
@@ -176,7 +177,7 @@ def describe_search(found: Found) -> str:
         w = plan.job.layout
         lines.append(
             f"{number:>3} {w.tp:>4}{w.pp:>4}{required(w.dp):>4}{w.cp:>4} {w.schedule:<15}{w.chunks:>5}"
-            f"{plan.job.train.microbatch:>4}{w.zero:>4} {w.recompute:<10}{format_seconds(plan.time.total):>10}"
+            f"{plan.job.train.microbatch:>4}{w.zero_stage:>4} {w.recompute:<10}{format_seconds(plan.time.total):>10}"
             f"{plan.mfu:>7.1%}{plan.hfu:>7.1%}{plan.time.bubble:>7.1%}"
             f"{format_bytes(plan.memory[plan.fullest].total):>11}" + ("" if trainable(plan.job) else "  planned only"))
     if len(found.best) > 1:

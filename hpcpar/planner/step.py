@@ -12,7 +12,7 @@ from hpcpar.layout.stages import split_layers
 from hpcpar.planner.compute import Cut, Seconds, ends_time, layer_time
 from hpcpar.planner.hardware import Machine
 from hpcpar.planner.memory import ELEMENT_BYTES, Memory, stage_memory
-from hpcpar.planner.network import gather_s, message_s, ring
+from hpcpar.planner.network import gather_s, message_s, reduce_s, ring
 from hpcpar.planner.params import Counts, rank_counts
 from hpcpar.planner.practice import TRAINER, Practice, trainer
 from hpcpar.planner.sharing import Node, as_rank_sees, shared_length_s
@@ -69,7 +69,9 @@ class Pricing:
         self.num_microbatches = train.global_batch // (self.dp * train.microbatch)
         self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.sequence_parallel and wish.tp > 1,
                        train.precision)
-        self.dp_ring = ring(machine, self.dp * wish.cp, wish.tp)
+        inner = (wish.num_shards if wish.zero_stage else self.dp) * wish.cp
+        self.dp_ring = ring(machine, inner, wish.tp)
+        self.across_ring = ring(machine, self.dp * wish.cp // inner, wish.tp * inner)  # hybrid: who owns the same
         self.own = parse_table(wish, self.num_microbatches) if wish.schedule == "table" else None  # a user's schedule
         self.chunk_ranks = self.own.chunk_ranks if self.own else place_chunks(wish.schedule, wish.pp, wish.chunks)
         self.layers = chunk_layers(job.model.layers, self.chunk_ranks, self.practice)
@@ -109,7 +111,7 @@ class Pricing:
                 forward, backward = forward.plus(head), backward.plus(head_back)
         accumulated = self.practice.accumulate_bytes * self.counts.stage(num_layers, first, last)
         backward = backward.plus(Seconds(elementwise=accumulated / self.machine.chip.bytes_per_s))
-        if self.job.layout.zero == 3 and self.dp_ring.size > 1:
+        if self.job.layout.zero_stage == 3 and self.dp_ring.size > 1:
             element = ELEMENT_BYTES[self.cut.precision]
             gather = num_layers * gather_s(self.machine, self.dp_ring, element * self.counts.layer)
             reduce = num_layers * gather_s(self.machine, self.dp_ring, self._grad_bytes * self.counts.layer)
@@ -205,25 +207,25 @@ class Pricing:
 
     def _data_s(self, rank: int) -> tuple[float, float, float]:
         """Sum of gradients over dp (exposed, hidden), and the gathering of new weights."""
-        wish, group = self.job.layout, self.dp_ring
-        if group.size == 1 or wish.zero == 3:
+        group, stage, numel = self.dp_ring, self.job.layout.zero_stage, self.rank_numel(rank)
+        if group.size == 1:
             return 0.0, 0.0, 0.0
-        numel = self.rank_numel(rank)
-        reduce = gather_s(self.machine, group, numel * self._grad_bytes)
+        reduce = 0.0 if stage == 3 else gather_s(self.machine, group, numel * self._grad_bytes)
         gather = gather_s(self.machine, group, numel * ELEMENT_BYTES[self.cut.precision])
-        if wish.zero == 0 or self.practice.reduces_whole:
+        if stage == 0 or self.practice.reduces_whole:
             reduce *= 2
-        if wish.zero == 2:  # a rank keeps only its shard between microbatches, so that each of them is reduced
+        if stage == 2:  # a rank keeps only its shard between microbatches, so that each of them is reduced
             reduce *= self.num_microbatches
+        reduce += reduce_s(self.machine, self.across_ring, numel / group.size * self._grad_bytes)
         hidden = 0.0
         if self.practice.overlaps_reduction and not self.node.cores:
             backward = sum(self.chunks[c].backward.total for c in self.chunks_by_rank[rank])
-            hidden = min(reduce, (1 - TAIL) * backward * (self.num_microbatches if wish.zero == 2 else 1))
-        return reduce - hidden + BESIDE * hidden, hidden, gather if wish.zero else 0.0
+            hidden = min(reduce, (1 - TAIL) * backward * (self.num_microbatches if stage == 2 else 1))
+        return reduce - hidden + BESIDE * hidden, hidden, gather if stage in (1, 2) else 0.0
 
     def update_s(self, rank: int) -> float:
         """Norm, clipping and AdamW on the owned shard."""
-        owned = self.rank_numel(rank) / (self.dp_ring.size if self.job.layout.zero else 1)
+        owned = self.rank_numel(rank) / (self.dp_ring.size if self.job.layout.zero_stage else 1)
         chip = self.machine.chip
         return self.practice.adam_traffic * owned / chip.bytes_per_s + 100 * chip.launch_us * 1e-6
 

@@ -56,7 +56,8 @@ def share_out(job: Job, kinds: tuple[tuple[str, int], tuple[str, int]]) -> Share
 
     def share(index: int, num: int) -> Share:
         batch = num * replicas[index] * job.train.microbatch
-        mine = override(job, layout={"dp": replicas[index]}, train={"global_batch": batch})
+        layout = {"dp": replicas[index], "zero": job.layout.zero_stage}
+        mine = override(job, layout=layout, train={"global_batch": batch})
         pricing = Pricing(mine, machines[index])
         return Share(pricing.machine, replicas[index], num, pricing.step(quick=True).total,
                      max(m.total for m in pricing.memory()))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-AXES = {"tp": "tp", "dp": "dp", "pp_forward": "pp", "pp_backward": "pp"}  # by group; the others are of all ranks
+# by group; the others are of all ranks
+AXES = {"tp": "tp", "dp": "dp", "dp_across": "dp", "pp_forward": "pp", "pp_backward": "pp"}
 TEXT = "text"
 
 

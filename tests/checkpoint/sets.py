@@ -23,7 +23,7 @@ LLAMA = {"kind": "llama", "layers": 5, "hidden": 16, "heads": 4, "kv_heads": 2, 
          "tied": False}
 
 
-def make_layout(model: dict[str, Any], tp: int = 1, pp: int = 1, dp: int = 1, zero: int = 1, **wish: Any) -> Layout:
+def make_layout(model: dict[str, Any], tp: int = 1, pp: int = 1, dp: int = 1, zero: Any = 1, **wish: Any) -> Layout:
     tables = {"model": model, "train": {"global_batch": dp * pp, "precision": "fp32"},
               "layout": {"tp": tp, "pp": pp, "dp": dp, "zero": zero, "bucket_mib": 0.003, **wish}}
     return Layout(resolve(job_from_tables(tables), tp * pp * dp))

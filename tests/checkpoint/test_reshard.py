@@ -46,10 +46,10 @@ from tests.checkpoint.sets import (
 from tests.train.small import make_job, make_store
 
 # tp, pp, dp, zero stage, precision: fp64 jobs keep fp64 master weights, all others fp32; vocabulary rows, layers and
-# ZeRO ranges divide unevenly
-CUTS = [(1, 1, 1, 0, "fp32"), (1, 1, 1, 1, "fp64"), (2, 1, 1, 1, "bf16"), (4, 1, 2, 3, "fp16"), (1, 2, 1, 1, "fp64"),
-        (1, 3, 2, 0, "bf16"), (1, 1, 3, 2, "fp32"), (1, 1, 8, 3, "fp64"), (2, 2, 2, 1, "fp16"), (2, 2, 2, 2, "fp64"),
-        (4, 2, 1, 1, "fp32"), (2, 3, 1, 1, "bf16")]
+# ZeRO ranges divide unevenly; one is hybrid
+CUTS = [(1, 1, 1, 0, "fp32"), (1, 1, 1, 1, "fp64"), (2, 1, 1, 1, "bf16"), (2, 1, 4, (3, 2), "fp16"),
+        (1, 2, 1, 1, "fp64"), (1, 3, 2, 0, "bf16"), (1, 1, 3, 2, "fp32"), (1, 1, 8, 3, "fp64"), (2, 2, 2, 1, "fp16"),
+        (2, 2, 2, 2, "fp64"), (4, 2, 1, 1, "fp32"), (2, 3, 1, 1, "bf16")]
 
 
 def main_dtype(precision: str) -> str:

@@ -22,7 +22,8 @@ def fake_world():
 
 
 @pytest.mark.parametrize("mesh, rank", [(Mesh(2, 2, 1, 2), r) for r in range(8)]
-                         + [(Mesh(38, 7, 1, 8), r) for r in (0, 7, 1777, 2127)], ids=str)
+                         + [(Mesh(38, 7, 1, 8), r) for r in (0, 7, 1777, 2127)]
+                         + [(Mesh(4, 16, 1, 8, dp_inner=4), r) for r in (0, 200, 511)], ids=str)
 def test_a_rank_opens_only_its_own_groups(fake_world, mesh, rank, monkeypatch):
     fake_world(mesh.size, rank)
     made = []
@@ -37,13 +38,17 @@ def test_a_rank_opens_only_its_own_groups(fake_world, mesh, rank, monkeypatch):
     groups = open_groups(mesh, rank)
     assert groups.everyone is dist.group.WORLD
     assert len(made) + 1 <= 6 and all(rank in ranks for _, ranks in made)
-    assert [name for name, _ in made] == ["tp", "dp", "pp_forward", "pp_backward"]
+    hybrid = ["dp_across"] if mesh.dp_inner else []
+    assert [name for name, _ in made] == ["tp", "dp", *hybrid, "pp_forward", "pp_backward"]
     for name, ranks in made:
         axis = name[:2]
-        assert ranks == mesh.group(axis, rank)
+        assert ranks == mesh.members(name, rank)
         opened = getattr(groups, name)
         assert dist.get_world_size(opened) == len(ranks)
-        assert dist.get_group_rank(opened, rank) == getattr(groups.at, f"{axis}_rank")
+        place = getattr(groups.at, f"{axis}_rank")
+        if mesh.dp_inner and axis == "dp":
+            place = place % 4 if name == "dp" else place // 4
+        assert dist.get_group_rank(opened, rank) == place
     groups.close()
 
 

@@ -188,8 +188,8 @@ def test_overrides_that_are_none(words: list[str], message: str) -> None:
      'layout.recompute: is "ful", must be one of none, selective, full, auto; did you mean full?'),
     ({"train": {"precision": "bfloat16"}},
      'train.precision: is "bfloat16", must be one of fp64, fp32, bf16, fp16; did you mean bf16?'),
-    ({"layout": {"zero": 4}}, "layout.zero: is 4, must be one of 0, 1, 2, 3; known: 0, 1, 2, 3"),
-    ({"layout": {"zero": True}}, "layout.zero: is true, must be one of 0, 1, 2, 3; known: 0, 1, 2, 3"),
+    *(({"layout": {"zero": wrong}}, f"layout.zero: is {text}, must be one of 0, 1, 2, 3 or [one of 1, 2, 3, a whole "
+       "number]; for example 0") for wrong, text in [(4, "4"), (True, "true"), ([0, 8], "[0, 8]"), ([3], "[3]")]),
 ])
 def test_a_wrong_word_is_answered_with_the_right_one(tables: dict[str, Any], message: str) -> None:
     assert str(refused(tables)) == message

@@ -102,6 +102,11 @@ def test_nearest_names_the_neighbours(wanted: int, legal: list[int], said: str) 
     ({"layout": {"tp": 2, "sequence_parallel": False}, "model": {"seq": 9}}, None),
     ({"model": {"seq": 9}}, None),
     ({"layout": {"cp": 2}}, "layout.cp: is 2, but this version only runs cp = 1; write cp = 1"),
+    ({"layout": {"zero": [3, 3], "dp": 8}}, "layout.zero: [3, 3] shards over 3 of layout.dp = 8 ranks: must be 2 or "
+                                            "more and divide dp; nearest legal: 2 or 4"),
+    ({"layout": {"zero": [1, 2], "dp": 1}}, "layout.zero: [1, 2] shards over 2 of layout.dp = 1 ranks: must be 2 or "
+                                            "more and divide dp; write zero = 0"),
+    ({"layout": {"zero": [2, 8], "dp": 8}}, None),
     ({"layout": {"ep": 2}}, "layout.ep: is 2, but this version only runs ep = 1; write ep = 1"),
     ({"layout": {"chunks": 2}}, "layout.chunks: is 2, but 1f1b has 1 a rank; write chunks = 1"),
     ({"layout": {"schedule": "zbv", "pp": 2}}, "layout.chunks: is 1, but zbv has 2 a rank; write chunks = 2"),

@@ -27,6 +27,14 @@ def test_every_layout_of_the_parity_suite_matches(choice):
     assert found.num_messages == sum(call.op == "send" for calls in steps for call in calls)
 
 
+@pytest.mark.parametrize("zero", [(1, 2), (2, 4), (3, 2)], ids=str)
+def test_hybrid_sharding_matches_and_adds_a_group_a_place(zero):
+    layout = Layout(job_of({**PLAIN, "mesh": (2, 2, 8), "zero": zero}))
+    found = match(layout.mesh, moves_of_layout(layout, layout.num_microbatches))
+    runs = 8 // zero[1]
+    assert found.num_groups == 16 + 4 * runs + 4 * zero[1] + 2 * 16 + 1  # tp, dp, across, pp both ways, everyone
+
+
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2), (2, 8, 1)], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_matches(schedule, mesh):

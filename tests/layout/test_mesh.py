@@ -23,6 +23,18 @@ def test_tp_is_fastest_and_pp_slowest() -> None:
     assert str(mesh.coordinates(17)) == "pp 1 dp 1 cp 0 tp 1"
 
 
+def test_a_hybrids_runs_are_neighbours_and_its_copies_lie_across() -> None:
+    mesh = Mesh(2, 8, 1, 2, dp_inner=4)
+    dp = mesh.group("dp", 19)
+    assert dp == (17, 19, 21, 23, 25, 27, 29, 31)
+    assert [mesh.members("dp", rank) for rank in (17, 23, 25)] == [dp[:4], dp[:4], dp[4:]]
+    assert [mesh.members("dp_across", rank) for rank in (17, 19, 27)] == [dp[0::4], dp[1::4], dp[1::4]]
+    whole = Mesh(2, 8, 1, 2)
+    assert whole.members("dp", 19) == dp and whole.members("dp_across", 19) == (19,)
+    for each in (mesh, whole):
+        assert each.members("everyone", 3) == tuple(range(32)) and each.members("pp_forward", 0) == (0, 16)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("axis", AXES)
 def test_the_groups_of_an_axis_divide_the_ranks(mesh: Mesh, axis: str) -> None:

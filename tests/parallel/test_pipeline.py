@@ -88,7 +88,7 @@ def play_stages(layout: Layout, program: Any) -> list[tuple[Pipeline, ShardedOpt
     wires, num = Wires(), layout.num_microbatches
 
     def stage(pp_rank: int) -> tuple[Pipeline, ShardedOptimizer, Played]:
-        groups = Groups(layout.mesh, Coordinates(pp_rank, 0, 0, 0), None, None, None, None, None)
+        groups = Groups(layout.mesh, Coordinates(pp_rank, 0, 0, 0), *[None] * 6)
         pipeline, optimizer = build(layout, groups, CPU)
         initialise(optimizer, 1)
         pipeline.neighbours = wires.neighbours(pp_rank, layout.chunk_ranks)

@@ -38,6 +38,23 @@ def test_every_schedule_equals_one_process(world, schedule, mesh, changes, reque
     assert compare(job_of(choice), world, random_tokens(61, 8), 4, 1e-10).first == ""
 
 
+@pytest.mark.parametrize(("mesh", "zero", "changes"), [
+    ((1, 1, 8), (1, 2), {}), ((1, 1, 8), (3, 4), {"kind": "llama", "kv_heads": 2, "recompute": "full"}),
+    ((2, 1, 4), (2, 2), {"kind": "llama", "sequence_parallel": False, "tied": False}),
+    ((1, 2, 4), (3, 2), {"schedule": "zero-bubble", "accumulation": 3}), ((1, 2, 4), (1, 2), {"ramp": True}),
+    ((1, 2, 4), (2, 4), {"schedule": "gpipe"}),
+], ids=str)
+def test_hybrid_sharding_equals_one_process(world, apart, mesh, zero, changes):
+    """Runs of 2 or 4 dp ranks that share one copy, all of dp among them."""
+    choice = {**PLAIN, "mesh": mesh, "zero": zero, **changes}
+    assert compare(job_of(choice), world, random_tokens(61, 8), 6, 1e-10).first == ""
+
+
+def test_hybrid_sharding_in_common_memory_equals_one_process(world):
+    choice = {**PLAIN, "mesh": (2, 1, 4), "zero": (3, 2)}
+    assert compare(job_of(choice), world, random_tokens(61, 8), 6, 1e-10).first == ""
+
+
 @pytest.mark.parametrize(("mesh", "changes"), [
     ((4, 1, 2), {"kind": "llama", "z_loss": 0.01}), ((1, 2, 4), {"schedule": "gpipe"}),
     ((2, 2, 2), {"schedule": "zero-bubble", "sequence_parallel": False}),

@@ -91,7 +91,8 @@ def test_fp32_gradients_make_18_bytes_and_plain_precision_no_second_copy() -> No
     {"layout": {"pp": 2, "chunks": 2, "schedule": "zbv"}},
     {"layout": {"zero": 0, "dp": 4}}, {"train": {"precision": "fp32"}},
     {"layout": {"zero": 3, "tp": 2, "pp": 2, "dp": 4}}, {"layout": {"zero": 2, "pp": 2, "dp": 3}},
-    {"layout": {"zero": 3, "dp": 2}, "train": {"precision": "fp32"}},
+    {"layout": {"zero": 3, "dp": 2}, "train": {"precision": "fp32"}}, {"layout": {"zero": [3, 2], "tp": 2, "dp": 8}},
+    {"layout": {"zero": [1, 4], "dp": 8}},
 ], ids=str)
 def test_states_are_the_buckets_lengths(change: dict[str, dict[str, object]]) -> None:
     job = job_of(8, 256, 8, 1, 1, 1, 48, **{"model": {"vocab": 1000, "seq": 64}} | change)
@@ -101,8 +102,8 @@ def test_states_are_the_buckets_lengths(change: dict[str, dict[str, object]]) ->
         numel = sum(b.numel for b in buckets)
         owned = sum(b.shard(layout.num_shards, 0)[1] for b in buckets)
         element, mixed = (4, False) if job.train.precision == "fp32" else (2, True)
-        assert memory.weights == element * (owned if job.layout.zero == 3 else numel)
-        assert memory.gradients == 4 * (owned if job.layout.zero >= 2 else numel)
+        assert memory.weights == element * (owned if job.layout.zero_stage == 3 else numel)
+        assert memory.gradients == 4 * (owned if job.layout.zero_stage >= 2 else numel)
         assert memory.moments == 8 * owned
         assert memory.master == (4 * owned if mixed else 0)
         # without padding, the quick count of the search

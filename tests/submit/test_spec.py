@@ -81,6 +81,12 @@ def test_fewer_nodes_hold_the_largest_dp_that_divides_the_batch(batch, nodes, dp
     assert smaller is None or (smaller.world_size == 8 * smaller.machine.nodes and smaller.train == wish.train)
 
 
+def test_fewer_nodes_keep_whole_runs_of_a_hybrid():
+    wish = resolve_for_nodes(override(job(8, 8, tp=4, pp=2), layout={"zero": (2, 4)}, train={"global_batch": 1680 * 8}))
+    smaller = for_fewer_nodes(wish, 7)
+    assert smaller is not None and (smaller.layout.dp, smaller.layout.zero) == (4, (2, 4))
+
+
 def test_a_replica_that_ends_inside_a_node_is_not_taken():
     wish = resolve_for_nodes(job(4, 4, tp=2, dp=8))
     smaller = for_fewer_nodes(wish, 3)

@@ -114,7 +114,8 @@ def test_the_samples_of_a_rewound_run_are_those_of_one_that_never_had_them(world
     ({"zero": 0}, "layers.1.mlp.up.weight"),
     ({"pp": 8, "dp": 1}, "embedding.token.weight"),
     ({"tp": 4, "zero": 3}, "layers.3.mlp_norm.weight"),
-], ids=["tp", "dp", "tied", "sharded"])
+    ({"zero": [3, 4]}, "layers.3.mlp.down.weight"),
+], ids=["tp", "dp", "tied", "sharded", "hybrid"])
 def test_a_drifting_replica_is_named_within_k_steps(world, store, folder, monkeypatch, layout, name):  # noqa: F811
     """One element of one weight on one rank changes by one bit's worth; its moments and gradients stay right."""
     original, taken, perturbed = ShardedOptimizer.update, [0], 7
