@@ -128,9 +128,13 @@ class Batch:
         failure = self.starts.failure(began)
         if code == 2 or (failure and failure["error"] in ON_PURPOSE):
             return "it would fail again in the same way; not requeued"
+        retries, tries = self._job().submit.retries, self.starts.fruitless()
+        if failure is None and code not in TOLD_TO_STOP and tries == 1 <= retries:
+            # in the start of Python or MPI; that can be chance, such as a PMI message torn in two
+            self._say("ended before any rank could say why; tried once more")
+            return ""
         if not lost and (failure is None or failure["step"] is None):
             return "failed before its first step; not requeued"
-        retries, tries = self._job().submit.retries, self.starts.fruitless()
         return f"{tries} starts in a row have saved nothing new; not requeued" if tries > retries else ""
 
     def _culprits(self, began: float) -> dict[str, str]:

@@ -156,15 +156,15 @@ class Place:
     def until_state(self, job_id: str, *states: str, limit_s: float = 90) -> None:
         self.until(lambda: self.state(job_id) in states, limit_s)
 
-    def until_completed_again(self, job_id: str, limit_s: float = 90) -> None:
-        """Wait for a requeued job; Slurm waits two minutes, and sets them anew when the old step has ended."""
+    def until_completed_again(self, job_id: str, limit_s: float = 90, state: str = "COMPLETED") -> None:
+        """Wait for the end of a requeued job; Slurm waits two minutes, set anew when the old step has ended."""
         time.sleep(2)  # a node refuses credentials of the second in which it was told to end the job
 
         def completed() -> bool:
             if self.state(job_id) == "PENDING":
                 subprocess.run(["scontrol", "update", f"jobid={job_id}", "starttime=now"], env=self.environment,
                                check=False, capture_output=True)  # refused where it has started meanwhile
-            return self.state(job_id) == "COMPLETED"
+            return self.state(job_id) == state
 
         self.until(completed, limit_s)
 

@@ -80,8 +80,8 @@ def test_a_stop_file_is_not_requeued(place, way):
 
 @both_ways
 def test_a_failing_rank_ends_the_job_at_once(place, way):
-    (place.source / "hpcpar/cli.py").write_text("import os, time\nfrom mpi4py import MPI\ndef main(words):\n"
-                                                "    if MPI.COMM_WORLD.rank == 2: os._exit(3)\n    time.sleep(60)\n")
+    failing = DYING.replace("STEP", "None").replace("_exit(9)", "_exit(3)").replace("Died", "SomeError")
+    (place.source / "hpcpar/cli.py").write_text(failing)
     job_id = start(place, way)
     place.until_state(job_id, "FAILED")
     assert "ExitCode=3:0" in place.call("scontrol", "show", "job", job_id) or "exit code 3" in place.logs()
@@ -175,6 +175,14 @@ def test_a_bad_node_is_left_out_before_the_ranks_start(place, way):
 
 
 # The first time, rank 2 is killed in step 3, as its host's witness would tell it.
+ABORTING = """
+import os, time
+def main(words):
+    if os.environ["SLURM_PROCID"] == "2" and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < TIMES:
+        os.abort()
+    time.sleep(1)
+    return 0
+"""
 DYING = """
 import json, os, pathlib, sys, time
 def main(words):
@@ -203,6 +211,19 @@ def test_the_node_of_a_dead_rank_is_named_and_not_used_again(place, way):
     assert place.shown(job_id)["ExcNodeList"] == second and f"{second} let this run down" in place.logs()
     again = json.loads((place.run / "submit/starts.jsonl").read_text().splitlines()[2])
     assert again["restart"] == 1 and len(again["nodes"]) == 2 and second not in again["nodes"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_crash_before_any_rank_could_speak_is_tried_once_more(place, times):
+    """As in the start of MPI: a rank aborts, and srun kills the others."""
+    place.run.mkdir()
+    (place.source / "hpcpar/cli.py").write_text(ABORTING.replace("TIMES", str(times)))
+    job_id = place.submit()
+    place.until(lambda: place.shown(job_id)["Restarts"] == "1")
+    assert "ended before any rank could say why; tried once more" in place.logs()
+    place.until_completed_again(job_id, state="COMPLETED" if times == 1 else "FAILED")
+    assert ("failed before its first step; not requeued" in place.logs()) == (times == 2)
+    assert place.shown(job_id)["Restarts"] == "1" and not (place.run / "submit/bad-nodes").exists()
 
 
 def test_a_run_that_saves_nothing_new_is_given_up(place):
