@@ -22,8 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 TP, PP, INNER = 2, 2, 2
 JOB = """
 [model]
@@ -99,12 +97,11 @@ def seconds_of(command: list[str]) -> float:
 
 
 def timed(repeat: int) -> str:
-    from hpcpar.data.store import write_store
-
     ranks = ["mpirun", "-n", "8"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_store(folder / "store", np.random.default_rng(0).integers(0, 8192, 1 << 16))
+        subprocess.run(["hpcpar", "data", "build", str(Path(__file__).parent), "--vocab", "2048", "--out",
+                        str(folder / "store")], check=True, capture_output=True)
         (folder / "job.toml").write_text(JOB.replace("STORE", str(folder / "store")))
         found: dict[str, list[float]] = {"torch": [], "step": []}
         for turn in range(repeat):

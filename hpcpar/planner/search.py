@@ -135,7 +135,11 @@ def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda j
     dp = required(wish.dp)
     changes: list[tuple[str, dict[str, Any], int]] = [
         (f"layout.recompute {mode}", {"recompute": mode}, micro) for mode in ("selective", "full")]
-    changes += [(f"layout.zero {zero}", {"zero": zero}, micro) for zero in (1, 2, 3) if zero > wish.zero_stage]
+    stages = [stage for stage in (1, 2, 3) if stage > wish.zero_stage]
+    changes += [(f"layout.zero {stage}", {"zero": stage}, micro) for stage in stages]
+    inside = job.machine.gpus_per_node // wish.tp
+    if 1 < inside < dp:  # hybrid: over the dp ranks of a node
+        changes += [(f"layout.zero [{stage},{inside}]", {"zero": (stage, inside)}, micro) for stage in stages]
     changes += [(f"train.microbatch {micro // 2}", {}, micro // 2)] if micro > 1 else []
     for name in ("tp", "pp"):
         changes += [(f"layout.{name} {getattr(wish, name) * f} (layout.dp {dp // f})",

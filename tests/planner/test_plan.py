@@ -204,3 +204,17 @@ def test_the_planner_needs_no_torch() -> None:
             "print([m for m in ('torch', 'mpi4py', 'h5py') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_many_nodes_are_told_to_shard_inside_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 13B on 1024 GPUs: gathering over all of them takes longer than a node's copy and a sum across nodes."""
+    words = ["plan", "jobs/llama-2-13b.toml", "--layout.tp", "1", "--layout.pp", "1", "--layout.dp", "1024",
+             "--machine.gpu", "h100-80g", "--machine.nodes", "128", "--machine.gpus_per_node", "8",
+             "--train.global_batch", "1024", "--train.microbatch", "1", "--layout.recompute", "selective"]
+    assert main(words) == 0
+    assert "would fit: --layout.zero [3,8]" in capsys.readouterr().out
+    seconds = {}
+    for zero in ("3", "[3,8]"):
+        assert main([*words, "--json", "--layout.zero", zero]) == 0
+        seconds[zero] = json.loads(capsys.readouterr().out)["step_s"]
+    assert seconds["[3,8]"] < 0.8 * seconds["3"]
