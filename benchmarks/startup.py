@@ -2,15 +2,16 @@
 
     python benchmarks/startup.py [--ranks 8 16 32 64] [--repeat 3]
 
-Counts are those of a rank, from mpi4py's import to open groups (tp 2, pp 2, dp the rest, hybrid sharding over 2): MPI
+Counts are those of a rank, from mpi4py's import to open groups (tp 2, pp 2, dp the rest): MPI
 calls, operations on the store, keys in it, communicators. An MPI collective takes O(log n) steps, so a start takes
-O(log n) where the calls of a rank do not grow. Times are those of 8 ranks: from mpirun to the end of the first step,
-and mpirun of `import torch` alone, in turns.
+O(log n) where the calls of a rank do not grow. Times are those of 8 ranks: from mpirun to the
+first action of the first step, to the end of a run of that step, and mpirun of `import torch` alone, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TP, PP, INNER = 2, 2, 2
+TP, PP = 2, 2
 JOB = """
 [model]
 layers = 8
@@ -45,47 +46,57 @@ store = "STORE"
 def worker() -> None:
     """Start as a run does, and let rank 0 print the largest counts over ranks."""
     import torch.distributed as dist
+    from mpi4py import MPI
 
-    from hpcpar.comm.bootstrap import connect, open_process_group
+    from hpcpar.comm import bootstrap
     from hpcpar.comm.groups import open_groups
     from hpcpar.config.surroundings import Surroundings
     from hpcpar.layout.mesh import Mesh
 
-    calls: Counter[str] = Counter()
-
-    def note(frame: object, event: str, called: Any) -> None:
-        if event == "c_call" and "mpi4py" in type(getattr(called, "__self__", None)).__module__:
-            calls[called.__name__] += 1
-
+    called: Counter[str] = Counter()
     asked: Counter[str] = Counter()
-    counted = ("get", "set", "add", "wait", "compare_set", "check", "delete_key", "multi_get", "multi_set")
-    opened = dist.TCPStore
+    stores: list[Any] = []
 
-    class Counting(opened):  # type: ignore[misc, valid-type]
-        """Torch asks it through Python, and so is counted."""
+    class Counted(MPI.Intracomm):
+        """The communicators made from one are such as well."""
 
-    def counting(name: str) -> Callable[..., Any]:
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            if callable(found) and not name.startswith(("_", "Get_", "is_")):  # those ask nobody
+                called[name] += 1
+            return found
+
+        def Split_type(self, *args: Any, **options: Any) -> MPI.Intracomm:  # mpi4py's own returns a plain one
+            return Counted(super().Split_type(*args, **options))
+
+    class CountedStore(dist.Store):
+        """Torch's C++ asks the methods that this Python has."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__()
+            self.inner = opened(*args, **options)
+            self.port = self.inner.port
+            stores.append(self)  # C++ finds the methods of an object that lives only
+
+    def passed_on(name: str) -> Callable[..., Any]:
         def ask(self: Any, *args: Any) -> Any:
             asked[name] += 1
-            return getattr(opened, name)(self, *args)
+            return getattr(self.inner, name)(*args)
         return ask
 
-    for name in counted:
-        setattr(Counting, name, counting(name))
-    from hpcpar.comm import bootstrap
-    bootstrap.TCPStore = Counting  # type: ignore[misc]
-    sys.setprofile(note)
-    world = connect(Surroundings.read(os.environ))
-    open_process_group(world)
-    groups = open_groups(Mesh(PP, world.size // (TP * PP), 1, TP, INNER), world.rank)
-    sys.setprofile(None)
-    store = dist.distributed_c10d._get_default_store()
-    dist.barrier()
-    keys = store.num_keys()
-    told = world.control.all_gather((sum(calls.values()), sum(asked.values()), len(groups.opened)))
+    for name in ("get", "set", "add", "wait", "compare_set", "check", "delete_key", "append", "multi_get", "multi_set"):
+        setattr(CountedStore, name, passed_on(name))
+    opened = bootstrap.TCPStore
+    bootstrap.TCPStore = CountedStore  # type: ignore[misc, assignment]
+    MPI.COMM_WORLD = Counted(MPI.COMM_WORLD)  # type: ignore[misc]
+    world = bootstrap.connect(Surroundings.read(os.environ))
+    bootstrap.open_process_group(world)
+    groups = open_groups(Mesh(PP, world.size // (TP * PP), 1, TP), world.rank)
+    made = sum(called[name] for name in ("Dup", "Split", "Split_type", "Create_group")) - called["Free"]
+    told = world.control.all_gather((sum(called.values()), sum(asked.values()), made))
     if world.rank == 0:
         most = [max(column) for column in zip(*told, strict=True)]
-        print(f"| {world.size} | {most[0]} | {most[1]} | {keys} | {most[2]} |", flush=True)
+        print(f"| {world.size} | {most[0]} | {most[1]} | {stores[0].inner.num_keys()} | {most[2]} |", flush=True)
     groups.close()
     bootstrap.close_process_group()
 
@@ -103,15 +114,19 @@ def timed(repeat: int) -> str:
         subprocess.run(["hpcpar", "data", "build", str(Path(__file__).parent), "--vocab", "2048", "--out",
                         str(folder / "store")], check=True, capture_output=True)
         (folder / "job.toml").write_text(JOB.replace("STORE", str(folder / "store")))
-        found: dict[str, list[float]] = {"torch": [], "step": []}
+        found: dict[str, list[float]] = {"import torch": [], "first step begun": [], "run of one step ended": []}
         for turn in range(repeat):
-            found["torch"].append(seconds_of([*ranks, sys.executable, "-c", "import torch"]))
-            run = ["--run", str(folder / f"run{turn}")]
-            found["step"].append(seconds_of([*ranks, "hpcpar", "train", str(folder / "job.toml"), *run]))
-    torch_s, step_s = (statistics.median(found[what]) for what in ("torch", "step"))
-    return (f"8 ranks: import torch {torch_s:.1f} s ({', '.join(f'{t:.1f}' for t in found['torch'])}); to the end of a "
-            f"run of one step, its checkpoint saved: {step_s:.1f} s ({', '.join(f'{t:.1f}' for t in found['step'])}): "
-            f"{step_s / torch_s:.2f} times")
+            found["import torch"].append(seconds_of([*ranks, sys.executable, "-c", "import torch"]))
+            run, start = folder / f"run{turn}", time.time()
+            whole = seconds_of([*ranks, "hpcpar", "train", str(folder / "job.toml"), "--run", str(run)])
+            timelines = json.loads((run / "timeline.json").read_text())["ranks"]
+            begun = min(event[1] for timeline in timelines for event in timeline["events"]) - start
+            found["first step begun"].append(begun)
+            found["run of one step ended"].append(whole)
+    unit = statistics.median(found["import torch"])
+    return "\n".join(f"8 ranks, {what}: {(middle := statistics.median(seconds)):.1f} s "
+                     f"({', '.join(f'{t:.1f}' for t in seconds)}), {middle / unit:.2f} times import torch"
+                     for what, seconds in found.items())
 
 
 def main() -> None:

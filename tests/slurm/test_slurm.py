@@ -34,6 +34,23 @@ def test_two_nodes_are_one_world(place, way):
     assert [rank["world"] for rank in place.told()] == [WORLD] * 4, place.logs()
 
 
+FULL_HEAP = """
+kept = [bytes([65 + i % 50]) * size for i in range(300) for size in range(513, 2049, 16)]
+kept = [block for i, block in enumerate(kept) if i % 3]  # every third place is free again
+holes = [bytes([65 + i % 50]) * size for i in range(200) for size in range(200, 513, 16)][::2]
+"""
+
+
+@both_ways
+def test_a_rank_whose_memory_is_full_starts(place, way):
+    """What lies behind its address in memory does not get into the request that Slurm's pmi2 takes 1024 bytes of."""
+    door = place.source / "hpcpar/cli.py"
+    door.write_text(FULL_HEAP + door.read_text())
+    job_id = start(place, way)
+    place.until_state(job_id, "COMPLETED")
+    assert [rank["world"] for rank in place.told()] == [WORLD] * 4, place.logs()
+
+
 def test_submission_freezes_the_code_and_keeps_the_shells_variables_out(place):
     place.environment |= {"SBATCH_PARTITION": "elsewhere", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "PMI_SIZE": "9"}
     job_id = place.submit()
