@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 from hpcpar.config.job import Job
 from hpcpar.config.load import load_job
@@ -54,9 +55,8 @@ class Batch:
         for report in self.starts.nodes.glob("*.json"):
             report.unlink()  # an earlier start's
         self.starts.go_on.unlink(missing_ok=True)
-        earlier = self.starts.lines()[-1:]
-        if earlier and "nodes" in earlier[0]:  # without an end: Slurm ended it
-            self._remember(ask.lost_nodes(earlier[0]["nodes"], earlier[0]["time"]))
+        if earlier := self._ended_by_slurm():
+            self._remember(ask.lost_nodes(earlier["nodes"], earlier["time"]))
         bad = sorted(self.starts.bad_nodes().keys() & set(self.nodes))
         if bad and self._can_exclude(bad) and self._requeue():
             self._say(f"{', '.join(bad)} let this run down before; requeued without")
@@ -65,6 +65,16 @@ class Batch:
         self.starts.note(job=self.job_id, restart=int(self.environment.get("SLURM_RESTART_COUNT", 0)),
                          nodes=self.nodes)
         return lines
+
+    def _ended_by_slurm(self) -> dict[str, Any] | None:
+        """Return the last start's line unless that start ended by itself, or was requeued by us.
+
+        Where the batch script's own node is well, `end` still comes to write that the job stays as Slurm leaves it.
+        """
+        lines = self.starts.lines()
+        began = next((line for line in reversed(lines) if "nodes" in line), None)
+        left = lines and (lines[-1] is began or ("stays" in lines[-1] and lines[-1]["job"] == self.job_id))
+        return began if left else None
 
     def judge(self, code: int, words: Sequence[str]) -> str:
         """Read what the prologue has left; go on without the bad nodes where that can be; return shell lines.

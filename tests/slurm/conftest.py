@@ -150,7 +150,8 @@ class Place:
     def until(self, holds: Callable[[], bool], limit_s: float = 90) -> None:
         end = time.monotonic() + limit_s
         while not holds():
-            assert time.monotonic() < end, self.call("scontrol", "show", "jobs") + self.logs()
+            assert time.monotonic() < end, self.call("sinfo", "-N", "-o", "%N %P %T %E") + self.call(
+                "scontrol", "show", "jobs") + self.logs()
             time.sleep(0.1)
 
     def until_state(self, job_id: str, *states: str, limit_s: float = 90) -> None:

@@ -1,0 +1,29 @@
+"""What a batch script does before its ranks start, with a Slurm that answers from here."""
+
+import pytest
+
+from hpcpar.submit import ask
+from hpcpar.submit.batch import Batch
+
+START = {"job": "7", "restart": 0, "nodes": ["node1", "node2"]}
+STAYS = {"job": "7", "end": 0, "stays": "the job is COMPLETING; not requeued"}
+ANSWERS = {"hostnames": "node1\nnode3\n", "node": "NodeName=node1 State=IDLE\nNodeName=node2 State=DOWN Reason=dead\n"}
+
+
+@pytest.mark.parametrize(("lines", "job", "lost"), [
+    ([START], "7", ["node2"]),  # the script's node was lost too
+    ([START, STAYS], "7", ["node2"]),  # it was not
+    ([START, {"job": "7", "end": 1}], "7", []),  # we requeued it
+    ([START, STAYS], "8", []),  # a later job: what its nodes did meanwhile is not this run's matter
+    ([START, {"job": "7", "unfit": ["node1"]}], "7", []),
+])
+def test_nodes_of_a_start_that_slurm_ended_are_looked_at(tmp_path, monkeypatch, lines, job, lost):
+    monkeypatch.setattr(ask, "slurm", lambda *words: next((ANSWERS[what] for what in ANSWERS if what in words), None))
+    batch = Batch(tmp_path / "run", {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node[1,3]"})
+    batch.starts.folder.create()
+    batch.starts.folder.submission.mkdir(mode=0o700)
+    (batch.starts.folder.submission / "job.toml").write_text("")
+    for line in lines:
+        batch.starts.note(**line)
+    batch.start(None)
+    assert list(batch.starts.bad_nodes()) == lost
