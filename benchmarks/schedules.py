@@ -53,7 +53,7 @@ class Sleeper(nn.Module):
         self.first, self.last, self.sleep_s, self.put_off = first, last, sleep_s, put_off
         self.weight = nn.Parameter(torch.ones(1, *TOKENS))
 
-    def forward(self, x: Tensor, targets: Tensor | None, draw: None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None, draw: None, loss_factor: float) -> Tensor:
         out = Sleep.apply(self.weight if self.first else x, self.sleep_s, self.put_off)
         return out.sum() if self.last else out
 

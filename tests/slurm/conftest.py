@@ -151,7 +151,7 @@ class Place:
         end = time.monotonic() + limit_s
         while not holds():
             assert time.monotonic() < end, self.call("sinfo", "-N", "-o", "%N %P %T %E") + self.call(
-                "scontrol", "show", "jobs") + self.logs()
+                "squeue", "-t", "all", "-o", "%i %j %T %N %M %r") + self.logs()
             time.sleep(0.1)
 
     def until_state(self, job_id: str, *states: str, limit_s: float = 90) -> None:

@@ -51,6 +51,25 @@ def test_a_rank_whose_memory_is_full_starts(place, way):
     assert [rank["world"] for rank in place.told()] == [WORLD] * 4, place.logs()
 
 
+@pytest.mark.long
+def test_ranks_that_call_each_other_at_one_moment_start(place):
+    """Sixty starts on three nodes: over libfabric's sockets, which pip's mpich likes best, one in thirty waits for ever."""
+    (place.folder / "many.sh").write_text(
+        f"""#!/bin/bash
+        lines=$({sys.executable} -m hpcpar.submit.batch start "$RUN") || exit
+        eval "$lines"
+        for start in $(seq 60); do
+            timeout --signal=KILL 20 srun --mpi=pmi2 {sys.executable} -c '
+from mpi4py import MPI
+MPI.COMM_WORLD.allgather(MPI.COMM_WORLD.rank)' || exit
+            echo "start $start"
+        done
+        """)
+    job_id = place.call("sbatch", "--parsable", "-N3", "--ntasks-per-node=2", "-t5", "many.sh").strip()
+    place.until_state(job_id, "COMPLETED", "FAILED", limit_s=280)
+    assert place.state(job_id) == "COMPLETED" and "start 60" in place.logs(), place.logs()
+
+
 def test_submission_freezes_the_code_and_keeps_the_shells_variables_out(place):
     place.environment |= {"SBATCH_PARTITION": "elsewhere", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "PMI_SIZE": "9"}
     job_id = place.submit()
