@@ -53,7 +53,7 @@ def test_a_rank_whose_memory_is_full_starts(place, way):
 
 @pytest.mark.long
 def test_ranks_that_call_each_other_at_one_moment_start(place):
-    """Sixty starts on three nodes: over libfabric's sockets, which pip's mpich likes best, one in thirty waits for ever."""
+    """Sixty starts on three nodes: over libfabric's sockets one in thirty waits for ever."""
     (place.folder / "many.sh").write_text(
         f"""#!/bin/bash
         lines=$({sys.executable} -m hpcpar.submit.batch start "$RUN") || exit
