@@ -154,6 +154,13 @@ class Place:
                 "squeue", "-t", "all", "-o", "%i %j %T %N %M %r") + self.logs()
             time.sleep(0.1)
 
+    def until_in_service(self, *nodes: str) -> None:
+        """Wait until nodes answer and take jobs; Slurm 22.05 may show a free one as mixed until something changes."""
+        def states() -> set[str]:
+            return set(self.call("sinfo", "-h", "-N", "-n", ",".join(nodes), "-p", "main", "-o", "%T").split())
+
+        self.until(lambda: states() <= {"idle", "mixed"})
+
     def until_state(self, job_id: str, *states: str, limit_s: float = 90) -> None:
         self.until(lambda: self.state(job_id) in states, limit_s)
 

@@ -199,7 +199,7 @@ def test_a_node_is_lost(place, uninterrupted):
     assert nodes[1] in (place.run / "submit/bad-nodes").read_text()
     again = json.loads((place.run / "submit/starts.jsonl").read_text().splitlines()[-2])
     assert nodes[1] not in again["nodes"] and f"{nodes[1]} let this run down" in place.logs()
-    place.until(lambda: place.call("sinfo", "-h", "-n", nodes[1], "-p", "main", "-o", "%T").strip() == "idle", 60)
+    place.until_in_service(nodes[1])
 
 
 def test_a_task_is_killed(place, uninterrupted):
@@ -234,7 +234,7 @@ def test_an_elastic_job_goes_on_with_fewer_nodes(place, uninterrupted):
         subprocess.run([CLUSTER, "node-start", "node4"], env=place.environment, check=True)
     assert_same(place, uninterrupted)
     assert "elastic: 3 of 4 nodes: dp 2 instead of 4" in place.logs()
-    place.until(lambda: place.call("sinfo", "-h", "-n", "node4", "-p", "main", "-o", "%T").strip() == "idle", 60)
+    place.until_in_service("node4")
 
 
 def test_scancel_leaves_a_verified_checkpoint(place, uninterrupted):

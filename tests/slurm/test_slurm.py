@@ -181,7 +181,7 @@ def test_a_job_that_loses_a_node_goes_on_without_it(place):
     assert (place.run / "submit/bad-nodes").read_text().startswith(f"{node} Slurm says DOWN")
     assert node not in json.loads((place.run / "submit/starts.jsonl").read_text().splitlines()[-2])["nodes"]
     assert f"{node} let this run down" in place.logs() and len(place.told(1)) == 4
-    place.until(lambda: place.call("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip() == "idle")
+    place.until_in_service(node)
 
 
 # The second node of the first start finds no room on its disk, now and for good.
@@ -328,7 +328,7 @@ def test_an_elastic_job_takes_fewer_nodes_at_a_legal_dp(place):
 
 
 def test_a_requeued_elastic_job_starts_on_the_nodes_that_are_left(place):
-    place.until(lambda: place.call("sinfo", "-h", "-p", "main", "-o", "%D %T").strip() == "4 idle")  # not idle*
+    place.until_in_service("node1", "node2", "node3", "node4")
     place.run.mkdir(mode=0o700)
     (place.run / "wait").touch()
     job_id = place.submit(["--machine.nodes", "3", "--submit.elastic", "true", "--layout.dp", "3",
