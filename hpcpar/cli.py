@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from hpcpar.commands import calibrate, ckpt, data, exchange, health, plan, rehearse, run, submit
 from hpcpar.commands.command import Command, Words
-from hpcpar.config.surroundings import Surroundings
+from hpcpar.config.surroundings import Surroundings, mpi_network
 from hpcpar.errors import HpcparError, UserError
 
 ROOMS = (plan, calibrate, rehearse, run, ckpt, exchange, submit, health, data)  # the order of the commands in --help
@@ -22,6 +22,8 @@ GROUPS = MappingProxyType({"data": "build a token store, or show one",
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the input is wrong, 3 the run failed, 75 wants to go on."""
     surroundings = Surroundings.read(os.environ)
+    if surroundings.launcher == "srun":  # by hand; the batch script has done it before
+        os.environ.update(mpi_network(os.environ))
     try:
         rest, words = _split(sys.argv[1:] if argv is None else argv)
         args = _parser().parse_args(rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import distributions
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,17 @@ class Surroundings:
             gpus=environment.get("HPCPAR_CPU", "") != "1",
             share_gpus=environment.get("HPCPAR_SHARE_GPUS", "") == "1",
         )
+
+
+def mpi_network(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables with which pip's mpich starts surely under srun, where nobody has chosen its network.
+
+    Over UCX it publishes 4096 bytes from where a rank's address of about 300 lies, and so whatever lies behind in
+    memory. Slurm's pmi2 cuts a request at 1024 bytes: where that memory is full, as it is after torch's import, the
+    ranks abort or wait for ever in MPI's start (MPICH 5.0.2, Slurm 22.05). A libfabric address takes 41 bytes. Of
+    libfabric's providers MPICH likes `sockets` best where there is no faster network, and over it one start in
+    thirty on three nodes waits for ever, too (9 of 281; none of 410 without it).
+    """
+    if environment.get("MPIR_CVAR_CH4_NETMOD") or not list(distributions(name="mpich")):
+        return {}  # an MPICH of the site's may have no libfabric
+    return {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": environment.get("FI_PROVIDER") or "^sockets"}

@@ -16,13 +16,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from hpcpar.config.job import Job
 from hpcpar.config.load import load_job
 from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.surroundings import mpi_network
 from hpcpar.errors import HpcparError, UserError
 from hpcpar.planner.hardware import load_machine
 from hpcpar.submit import ask
@@ -61,7 +61,8 @@ class Batch:
         if bad and self._can_exclude(bad) and self._requeue():
             self._say(f"{', '.join(bad)} let this run down before; requeued without")
             return "exit 0"
-        lines = "\n".join(filter(None, [self._start_of_mpi(), self._fewer_ranks()]))
+        network = [f"export {name}={shlex.quote(value)}" for name, value in mpi_network(self.environment).items()]
+        lines = "\n".join(filter(None, [*network, self._fewer_ranks()]))
         self.starts.note(job=self.job_id, restart=int(self.environment.get("SLURM_RESTART_COUNT", 0)),
                          nodes=self.nodes)
         return lines
@@ -186,20 +187,6 @@ class Batch:
 
     def _elastic(self) -> bool:
         return self._job().submit.elastic
-
-    def _start_of_mpi(self) -> str:
-        """Return what makes pip's mpich start surely, where nobody has chosen how it goes over the network.
-
-        Over UCX it publishes 4096 bytes from where a rank's address of about 300 lies, and so whatever lies behind in
-        memory. Slurm's pmi2 cuts a request at 1024 bytes: where that memory is full, as it is after torch's import, the
-        ranks abort or wait for ever in MPI's start (MPICH 5.0.2, Slurm 22.05). A libfabric address takes 41 bytes. Of
-        libfabric's providers MPICH likes `sockets` best where there is no faster network, and over it one start in
-        thirty on three nodes waits for ever, too (9 of 281; none of 410 without it).
-        """
-        if self.environment.get("MPIR_CVAR_CH4_NETMOD") or not list(distributions(name="mpich")):
-            return ""  # an MPICH of the site's may have no libfabric
-        provider = self.environment.get("FI_PROVIDER") or "^sockets"
-        return f"export MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER={shlex.quote(provider)}"
 
     def _fewer_ranks(self) -> str:
         """Return what an elastic job tells srun where it was given fewer nodes than it wished."""

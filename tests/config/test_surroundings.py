@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from hpcpar.config.surroundings import Surroundings
+from hpcpar import cli
+from hpcpar.config.surroundings import Surroundings, mpi_network
 
 HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "8"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}
@@ -47,3 +50,26 @@ def test_the_process_environment_itself_is_not_read(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value)
     host = Surroundings.read({}).host
     assert Surroundings.read({}) == Surroundings(host=host, node=host)
+
+
+OFI = {"MPIR_CVAR_CH4_NETMOD": "ofi"}
+
+
+@pytest.mark.parametrize(("chosen", "installed", "added"), [
+    ({}, True, {**OFI, "FI_PROVIDER": "^sockets"}),
+    ({"FI_PROVIDER": "verbs"}, True, {**OFI, "FI_PROVIDER": "verbs"}),
+    ({"MPIR_CVAR_CH4_NETMOD": "ucx"}, True, {}),
+    ({}, False, {}),
+])
+def test_pips_mpich_is_told_its_network_where_nobody_has_chosen(monkeypatch, chosen, installed, added):
+    monkeypatch.setattr("hpcpar.config.surroundings.distributions", lambda name: [name] * installed)
+    assert mpi_network(chosen) == added
+
+
+@pytest.mark.parametrize(("started", "told"), [(SRUN, True), (HYDRA, False), ({}, False)])
+def test_a_rank_started_by_hand_is_told_too(monkeypatch, capsys, started, told):
+    monkeypatch.setattr("hpcpar.config.surroundings.distributions", lambda name: [name])
+    for name, value in {**started, "MPIR_CVAR_CH4_NETMOD": "", "FI_PROVIDER": ""}.items():
+        monkeypatch.setenv(name, value)
+    cli.main(["schedule", "--help-me"])
+    assert os.environ["MPIR_CVAR_CH4_NETMOD"] == ("ofi" if told else "")

@@ -29,14 +29,8 @@ def test_nodes_of_a_start_that_slurm_ended_are_looked_at(tmp_path, monkeypatch, 
     assert list(batch.starts.bad_nodes()) == lost
 
 
-@pytest.mark.parametrize(("chosen", "installed", "lines"), [
-    ({}, True, "export MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER='^sockets'"),
-    ({"FI_PROVIDER": "verbs;ofi_rxm"}, True, "export MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER='verbs;ofi_rxm'"),
-    ({"MPIR_CVAR_CH4_NETMOD": "ucx"}, True, ""),
-    ({}, False, ""),
-])
-def test_pips_mpich_is_told_its_way_over_the_network_once(tmp_path, monkeypatch, chosen, installed, lines):
-    monkeypatch.setattr("hpcpar.submit.batch.distributions", lambda name: [name] * installed)
+def test_the_ranks_are_told_how_mpi_talks(tmp_path, monkeypatch):
+    monkeypatch.setattr("hpcpar.config.surroundings.distributions", lambda name: [name])
     monkeypatch.setattr(ask, "slurm", lambda *words: ANSWERS["hostnames"] if "hostnames" in words else None)
-    batch = Batch(tmp_path / "run", {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1,3]"} | chosen)
-    assert batch.start(None) == lines
+    batch = Batch(tmp_path / "run", {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1,3]"})
+    assert batch.start(None) == "export MPIR_CVAR_CH4_NETMOD=ofi\nexport FI_PROVIDER='^sockets'"
