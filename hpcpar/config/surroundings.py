@@ -53,7 +53,7 @@ def mpi_network(environment: Mapping[str, str]) -> dict[str, str]:
     memory. Slurm's pmi2 cuts a request at 1024 bytes: where that memory is full, as it is after torch's import, the
     ranks abort or wait for ever in MPI's start (MPICH 5.0.2, Slurm 22.05). A libfabric address takes 41 bytes. Of
     libfabric's providers MPICH likes `sockets` best where there is no faster network, and over it one start in
-    thirty on three nodes waits for ever, too (9 of 281; none of 410 without it).
+    thirty on three nodes waits for ever, too (9 of 280; none of 410 without it).
     """
     if environment.get("MPIR_CVAR_CH4_NETMOD") or not list(distributions(name="mpich")):
         return {}  # an MPICH of the site's may have no libfabric

@@ -159,7 +159,7 @@ class Place:
         def states() -> set[str]:
             return set(self.call("sinfo", "-h", "-N", "-n", ",".join(nodes), "-p", "main", "-o", "%T").split())
 
-        self.until(lambda: states() <= {"idle", "mixed"})
+        self.until(lambda: bool(found := states()) and found <= {"idle", "mixed"}, 60)
 
     def until_state(self, job_id: str, *states: str, limit_s: float = 90) -> None:
         self.until(lambda: self.state(job_id) in states, limit_s)
