@@ -1,4 +1,7 @@
-"""`make parity-all`: the full product of parity jobs under `mpirun -n 8`; with N, a random sample of N of them."""
+"""`make parity-all`: the full product of parity jobs under `mpirun -n 8`, 20 steps each.
+
+With N, a random sample of N of them; with `pairs`, the rows of the suite, which cover all pairs.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ import time
 from hpcpar.comm.bootstrap import connect, open_process_group
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.train.parity import compare
-from tests.parity.jobs import full_product, job_of, legal, name_of, random_tokens
+from tests.parity.jobs import all_pairs, full_product, job_of, legal, name_of, random_tokens
 
 
 def main() -> int:
     """Compare every job, print what differs and a summary; return 1 if anything differs."""
     world = connect(Surroundings.read(os.environ))
     open_process_group(world)
-    choices = [choice for choice in full_product(world.size) if legal(choice)]
-    if len(sys.argv) > 1:
-        choices = random.Random(0).sample(choices, min(int(sys.argv[1]), len(choices)))
+    wish = sys.argv[1] if len(sys.argv) > 1 else ""
+    choices = all_pairs() if wish == "pairs" else [choice for choice in full_product(world.size) if legal(choice)]
+    if wish.isdigit():
+        choices = random.Random(0).sample(choices, min(int(wish), len(choices)))
     bad, worst, start = 0, 0.0, time.monotonic()
     for number, choice in enumerate(choices, 1):
         found = compare(job_of(choice), world, random_tokens(choice["vocab"], 8), 20, 1e-10)

@@ -1,4 +1,8 @@
-"""Every layout against one process: loss, gradient norm, every gradient, and every weight, for 20 steps."""
+"""Every layout against one process: loss, gradient norm, every gradient, and every weight, step by step.
+
+Rows that cover all pairs take 8 steps, past the warm-up's 3 and the ramp's 4; every eighth takes 20, and all of them do
+in `make parity-all PARITY_SAMPLE=pairs`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,15 @@ PLAIN = {"schedule": "1f1b", "sequence_parallel": True, "tied": True, "kind": "g
          "kv_heads": 8, "clip": 0.05, "accumulation": 2, "recompute": "none", "dropout": 0.1, "zero": 1, "ramp": False}
 
 
-@pytest.mark.parametrize("choice", all_pairs(), ids=name_of)
-def test_float64_equals_one_process(world, choice, request):
+@pytest.mark.parametrize(("choice", "steps"), [
+    pytest.param(choice, 8 if number % 8 else 20, id=name_of(choice)) for number, choice in enumerate(all_pairs())])
+def test_float64_equals_one_process(world, choice, steps, request):
     if choice["zero"] == 3:
         request.getfixturevalue("apart")
     job = job_of(choice)
-    found = compare(job, world, random_tokens(choice["vocab"], 8), 20, 1e-10)
+    found = compare(job, world, random_tokens(choice["vocab"], 8), steps, 1e-10)
     assert found.first == ""
-    assert len(found.losses) == 20 and found.losses[-1] != found.losses[0]
+    assert len(found.losses) == steps and found.losses[-1] != found.losses[0]
 
 
 @pytest.mark.parametrize(("schedule", "mesh", "changes"), [
@@ -69,7 +74,7 @@ def test_a_loss_in_chunks_equals_one_process(world, mesh, changes, monkeypatch):
 @pytest.mark.parametrize("mesh", [m for m in MESHES if m[0] * m[1] * m[2] == 8], ids=str)
 def test_float32_loss_and_gradient_norm(world, mesh):
     job = job_of({**PLAIN, "mesh": mesh}, "fp32")
-    assert compare(job, world, random_tokens(61, 8), 20, 1e-5).first == ""
+    assert compare(job, world, random_tokens(61, 8), 8, 1e-5).first == ""
 
 
 def test_same_layout_is_bit_equal(world):
