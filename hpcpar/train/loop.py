@@ -42,7 +42,7 @@ from hpcpar.train.rewind import leave_out
 from hpcpar.train.saving import Saves
 from hpcpar.train.state import FIRST_LOSS_SCALE, Progress
 from hpcpar.train.step import StepResult, Trainee, next_numbers, train_step
-from hpcpar.train.straggler import REPORT_EVERY, Stragglers
+from hpcpar.train.straggler import REPORT_EVERY, Stragglers, crowded_ranks
 from hpcpar.train.waits import TEXT, Waits, mean_of
 
 MAX_BAD_STEPS = 20  # in a row, or rollbacks in all: after that something is wrong that no batch explains
@@ -172,8 +172,10 @@ class Pace:
     def __init__(self, run: Run):
         self._run, self._step_s, self._own_s, self._num_steps = run, 0.0, 0.0, 0
         self._waits: dict[str, float] = {}
-        self._hosts = run.world.control.all_gather(run.world.host)
-        self._stragglers = Stragglers(run.trainee.layout.mesh)
+        cores = sum(1 << core for core in os.sched_getaffinity(0))
+        places = run.world.control.all_gather((run.world.host, cores))
+        self._hosts = [host for host, _ in places]
+        self._stragglers = Stragglers(run.trainee.layout.mesh, crowded_ranks(places))
 
     def step(self, step_s: float, waits: Mapping[str, float]) -> None:
         """Note a step's seconds, and those in which it waited; every rank must call.

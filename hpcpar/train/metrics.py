@@ -39,9 +39,9 @@ class Metrics:
         kept = [line for line in read_lines(run.metrics) if line["step"] <= progress.step]
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = run.metrics.open("a", buffering=1)
-        from torch.utils.tensorboard import SummaryWriter  # here: only rank 0 needs it, and its import takes long
+        from hpcpar.train.curves import Curves  # here: only rank 0 needs TensorBoard's packages
 
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=progress.step + 1)
+        self._curves = Curves(run.path / "tensorboard", progress.step + 1)
         self._num_failed = 0
         self._shown = 0.0
         self._rate = 0.0  # running mean of seconds a token
@@ -69,8 +69,8 @@ class Metrics:
         if self._job.train.precision == "fp16":
             line["loss_scale"] = progress.loss_scale
         self._write(line)
-        for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
-            self._board.add_scalar(name, line[name], progress.step)
+        self._curves.add(progress.step, loss=result.loss, grad_norm=result.grad_norm, lr=result.lr,
+                         tokens_per_s=tokens / step_s)
         self._num_steps += 1
         if self._num_steps > WARM_STEPS and len(result.samples) == self._job.train.global_batch:
             self.recent_s.append(step_s)
@@ -84,7 +84,7 @@ class Metrics:
     def validation(self, step: int, val_loss: float) -> None:
         """Note a validation."""
         self._write({"step": step, "val_loss": val_loss})
-        self._board.add_scalar("val_loss", val_loss, step)
+        self._curves.add(step, val_loss=val_loss)
         self.say(f"step {step}: validation loss {val_loss:.4f}")
 
     def saved(self, step: int, num_bytes: int, save_s: float, stall_s: float) -> None:
@@ -103,7 +103,7 @@ class Metrics:
     def close(self) -> None:
         """Write what is buffered."""
         self._file.close()
-        self._board.close()
+        self._curves.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")

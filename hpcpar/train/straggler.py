@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
 from statistics import median, median_low
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ REPORT_EVERY = 5
 """Steps between two gathers of all ranks' own seconds."""
 _REPORTS, _ENOUGH = 10, 8  # kept; needed before anyone is named: 40 steps
 _LEAST = 0.06  # how much slower than its peers a rank must be
+_LEAST_CROWDED = 0.4  # the same where ranks share cores: what one gets of them varied by up to 25% (docs/chaos.md)
 _SIGMAS = 5.0
 _HICCUP_S = 0.005 * REPORT_EVERY  # a difference below 5 ms a step is bookkeeping (rank 0 writes metrics), not a host's
 _AGAIN = 100  # reports before a rank is named again
@@ -28,7 +29,9 @@ class Slow(NamedTuple):
 class Stragglers:
     """Holds the newest reports; rank 0 has one. Peers are the ranks of a stage: other stages have other work."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, crowded: Collection[int] = ()):
+        """`crowded`: the ranks that share cores with others."""
+        self._crowded = frozenset(crowded)
         per_stage = mesh.size // mesh.pp_size
         # two ranks cannot say which of them is the slow one; then all stages together are the better measure
         size = per_stage if per_stage > 2 else mesh.size
@@ -57,8 +60,21 @@ class Stragglers:
     def _slow_among(self, peers: range, usual: list[float]) -> list[Slow]:
         middle = median(usual[rank] for rank in peers)
         spread = 1.4826 * median(abs(usual[rank] - middle) for rank in peers)
-        limit = middle + max(_LEAST, _SIGMAS * spread)
-        return [Slow(rank, usual[rank] / middle) for rank in peers if usual[rank] > limit]
+        least = [_LEAST_CROWDED if rank in self._crowded else _LEAST for rank in peers]
+        return [Slow(rank, usual[rank] / middle) for rank, more in zip(peers, least, strict=True)
+                if usual[rank] > middle + max(more, _SIGMAS * spread)]
+
+
+def crowded_ranks(places: Sequence[tuple[str, int]]) -> list[int]:
+    """Return the ranks on hosts that have more ranks than cores; `places` gives each rank's host and cores, a bit each.
+
+    Bound ranks have cores of their own, others all of the host's: together they are the host's either way.
+    """
+    cores: dict[str, int] = {}
+    for host, mine in places:
+        cores[host] = cores.get(host, 0) | mine
+    count = Counter(host for host, _ in places)
+    return [rank for rank, (host, _) in enumerate(places) if count[host] > cores[host].bit_count()]
 
 
 def _ratio(own_s: float, middle_s: float) -> float:

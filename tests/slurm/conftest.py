@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,8 +80,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
         pytest.skip(f"needs root and Slurm on this machine: {CLUSTER} install")
     folder = tmp_path_factory.mktemp("cluster")
-    for parent in (folder.parent.parent, folder.parent):  # munged wants parents that others can enter
-        parent.chmod(parent.stat().st_mode | 0o055)
+    for parent in folder.parents:  # munged wants parents that others can enter
+        if Path(tempfile.gettempdir()) in parent.parents:
+            parent.chmod(parent.stat().st_mode | 0o055)
     own = {"HPCPAR_SLURM_DIR": str(folder), "HPCPAR_SLURM_ACCOUNTING": "0", "HPCPAR_SLURM_PORT": str(free_ports(16)),
            "HPCPAR_SLURM_EXTRA_CONF": EXTRA_CONF}
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI_", "SBATCH_"))} | own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hpcpar.layout.mesh import Mesh
 from hpcpar.train.rewind import leave_out, parse_samples, rewind
 from hpcpar.train.stability import distrust, remember, robust_z
 from hpcpar.train.state import Progress
-from hpcpar.train.straggler import Stragglers
+from hpcpar.train.straggler import Stragglers, crowded_ranks
 
 WISH = Stability(spike=8.0)
 
@@ -115,9 +116,10 @@ def test_a_rewind_that_cannot_be_is_refused(tmp_path: Path) -> None:
         leave_out(folder, Progress(step=10, samples=80))
 
 
-def reports(slow: dict[int, float], noise: float, mesh: Mesh, num: int = 10, seed: int = 0) -> list[int]:
+def reports(slow: dict[int, float], noise: float, mesh: Mesh, num: int = 10, seed: int = 0,
+            crowded: Collection[int] = ()) -> list[int]:
     rng, found = np.random.default_rng(seed), []
-    stragglers = Stragglers(mesh)
+    stragglers = Stragglers(mesh, crowded)
     for _ in range(num):
         own = np.array([1.0 + rank // (mesh.size // mesh.pp_size) for rank in range(mesh.size)])
         own *= 1 + noise * np.abs(rng.standard_normal(mesh.size))
@@ -135,6 +137,20 @@ def test_a_rank_ten_percent_slower_is_named_once_within_fifty_steps(mesh: Mesh) 
     for seed in range(20):
         assert reports({5: 1.10}, 0.005, mesh, seed=seed) == [5]
         assert reports({}, 0.02, mesh, seed=seed) == []
+
+
+def test_where_ranks_share_cores_a_rank_must_be_much_slower() -> None:
+    mesh = Mesh(dp_size=8)
+    for seed in range(20):
+        assert reports({5: 1.25}, 0.005, mesh, seed=seed, crowded=range(8)) == []
+        assert reports({5: 1.5}, 0.005, mesh, seed=seed, crowded=range(8)) == [5]
+        assert reports({5: 1.25}, 0.005, mesh, seed=seed, crowded=range(4)) == [5]
+
+
+def test_ranks_share_cores_where_a_host_has_more_of_them_than_cores() -> None:
+    assert crowded_ranks([("a", 0b11), ("a", 0b11), ("b", 0b11), ("b", 0b11), ("b", 0b11)]) == [2, 3, 4]
+    assert crowded_ranks([("a", 1 << core) for core in range(8)]) == []  # each bound to one of its own
+    assert crowded_ranks([("a", 0b1), ("a", 0b1)]) == [0, 1]
 
 
 def test_a_few_milliseconds_a_step_are_no_slow_host() -> None:
