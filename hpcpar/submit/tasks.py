@@ -73,8 +73,9 @@ def remove_stale_segments(folder: Path) -> None:
             stale -= {word for line in maps.read_text().splitlines() if (word := line.rpartition(" ")[2]) in stale}
         except OSError:
             continue  # it has ended, or is not ours
-    for path in stale:
-        Path(path).unlink(missing_ok=True)
+    # The scan took its time: where nodes share a host, another's first rank may have made a new one of the same name
+    for path in filter(lambda path: _is_ours(path, old), map(Path, stale)):
+        path.unlink(missing_ok=True)
 
 
 def _is_ours(path: Path, old: float) -> bool:

@@ -105,3 +105,20 @@ def test_a_segment_that_somebody_else_removes_meanwhile_is_no_error(tmp_path, mo
                         else glob(self, pattern))
     remove_stale_segments(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_segment_that_was_made_anew_while_maps_were_read_stays(tmp_path, monkeypatch):
+    segment = tmp_path / "mpich_shm_a_0"
+    segment.touch()
+    os.utime(segment, (1, 1))
+    glob = Path.glob
+
+    def make_anew_first(self, pattern):
+        if self == Path("/proc"):
+            segment.unlink()
+            segment.touch()
+        return glob(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", make_anew_first)
+    remove_stale_segments(tmp_path)
+    assert segment.exists()
