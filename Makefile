@@ -42,7 +42,7 @@ check: $(TEST_READY)  ## lint, types, import law
 	$(BIN)mypy hpcpar
 	$(BIN)python -m pytest -q tests/test_import_law.py
 
-parity-all: $(TEST_READY)  ## the full product of parity jobs, 20 steps each (hours); PARITY_SAMPLE=N takes N, =pairs the suite's (4 minutes)
+parity-all: $(TEST_READY)  ## the full product of parity jobs, 20 steps each (hours); PARITY_SAMPLE=N takes N, =pairs the suite's (6 minutes)
 	$(RANKS) $(BIN)python -m tests.parity.all $(PARITY_SAMPLE)
 
 chaos-checkpoint: $(TEST_READY)  ## 300 kill -9 of ranks and launchers that save, then 300 of asynchronous saves (20 minutes)

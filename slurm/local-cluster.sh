@@ -123,6 +123,7 @@ configure() {
     for i in $(seq 1 "$nodes"); do
         mkdir -p "$folder/tmp/node$i" "$folder/spool/node$i"; chmod 1777 "$folder/tmp/node$i"
     done
+    { cat /etc/hosts; for i in $(seq 1 "$nodes"); do echo "127.0.0.1 node$i"; done; } > "$folder/etc/hosts"
     write_slurm_conf > "$SLURM_CONF"
     (umask 077; write_slurmdbd_conf > "$folder/etc/slurmdbd.conf")
     printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' > "$folder/etc/cgroup.conf"
@@ -151,8 +152,16 @@ wait_for() {  # SECONDS COMMAND...
 }
 all_up() { [ "$(sinfo -h -N -t idle,mix,alloc -o %N | wc -l)" -ge "$nodes" ]; }
 
+# What runs on a node has its name as its host's and finds the others' in /etc/hosts, where root may make namespaces
+on_node() {
+    local name=$1; shift
+    unshare --uts --mount true 2> /dev/null || { "$@"; return; }
+    # shellcheck disable=SC2016
+    unshare --uts --mount sh -c 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"' \
+        "$name" "$folder/etc/hosts" "$@"
+}
 node_start() {
-    "$folder/bin/slurmd" -N "$1" -d "$folder/bin/slurmstepd" 2>> "$folder/log/slurmd-$1.err" ||
+    on_node "$1" "$folder/bin/slurmd" -N "$1" -d "$folder/bin/slurmstepd" 2>> "$folder/log/slurmd-$1.err" ||
         die "slurmd of $1: $(tail -2 "$folder/log/slurmd-$1.err")"
 }
 

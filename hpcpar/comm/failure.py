@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import stat
+import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from hpcpar.config.run_folder import RunFolder
 
 _TAIL = 20
 _RELAY_S = 5.0
+_INHERIT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,17 @@ def say(text: str) -> None:
         while data:
             data = data[os.write(2, data):]
         await_reader(2)
+
+
+def inherit(orphaned: Sequence[str]) -> None:
+    """Run Python with these words, if any: it looks whether the launcher's host is lost, and does what is left to do.
+
+    Before the ranks of a failed run are ended: then a scheduler ends all that is left of the job on this host.
+    """
+    if orphaned:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, *orphaned], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, timeout=_INHERIT_S, check=False)
 
 
 def await_reader(stream: int) -> None:

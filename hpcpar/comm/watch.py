@@ -20,13 +20,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
 from hpcpar.comm.control import Control
-from hpcpar.comm.failure import Failure, appeared, deaths, mistake, now, publish_once, say, tail
+from hpcpar.comm.failure import Failure, appeared, deaths, inherit, mistake, now, publish_once, say, tail
 from hpcpar.comm.inquiry import Charge
 from hpcpar.comm.recorder import DONE, FAILED, TOLD, LastWords, Recorder
 from hpcpar.comm.witness import Task, places
@@ -51,16 +51,19 @@ class Watch:
     """Watches over one rank from `start` to `done` or `failed`; as a `with` block it calls one of the two itself."""
 
     def __init__(self, run: RunFolder, control: Control, host: str, mesh: Mesh, abort: Callable[[int], None],
-                 recorder: Recorder):
+                 recorder: Recorder, orphaned: Sequence[str] = ()):
         self._run, self._host, self._abort, self.recorder = run, host, abort, recorder
         self._rank, self._size = control.rank, control.size
-        self._coordinates = places(mesh, control.rank)
+        self._coordinates, self._orphaned = places(mesh, control.rank), orphaned
         self.note = recorder.note  # the recorder's own method: one call less in the inner loop
 
     @classmethod
     def start(cls, run: RunFolder, control: Control, host: str, mesh: Mesh, abort: Callable[[int], None],
-              health: Health | None = None) -> Watch:
+              health: Health | None = None, orphaned: Sequence[str] = ()) -> Watch:
         """Begin to watch; every rank must call. `abort(code)` ends all ranks at once (MPI.COMM_WORLD.Abort).
+
+        `orphaned`: words to Python, run before a failed run is ended from another host than rank 0's, where the
+        launcher is; it may be lost.
 
         An earlier start's failure.json is kept as failure-1.json and so on. With several ranks, each host's first one
         spawns the witness, a fatal signal's stack goes to the witness instead of stderr, and SIGQUIT has the rank's
@@ -74,6 +77,8 @@ class Watch:
         recorder = control.recorder = Recorder()
         line, stacks = (lifeline(), os.memfd_create("hpcpar-stacks")) if control.size > 1 else (-1, -1)
         ranks: list[tuple[str, int, int, int, int]] = control.all_gather((host, os.getpid(), recorder.fd, line, stacks))
+        if host == ranks[0][0]:
+            orphaned = ()
         if control.size > 1:
             faulthandler.enable(recorder.fd, all_threads=False)
             faulthandler.register(signal.SIGQUIT, stacks, all_threads=True)
@@ -84,12 +89,13 @@ class Watch:
                 hosts.setdefault(its_host, []).append(rank)
             if charges[0].rank == control.rank:
                 limits = limits_by_phase(health or Health())
-                spawn(Task(str(run.path), host, control.size, charges, limits, hosts, mesh.sizes))
+                spawn(Task(str(run.path), host, control.size, charges, limits, hosts, mesh.sizes,
+                           tuple(orphaned)))
             if control.rank == 0:
                 run.hosts.write_text(json.dumps(hosts))
             control.barrier()  # who dies after this is watched
             os.close(line)
-        return cls(run, control, host, mesh, abort, recorder)
+        return cls(run, control, host, mesh, abort, recorder, orphaned)
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +154,7 @@ class Watch:
         if not first:
             self._log("this came second: failure.json in the run folder has the root cause\n")
             time.sleep(PATIENCE_S)
+        inherit(self._orphaned)
         self._abort(code)
         os._exit(code)
 

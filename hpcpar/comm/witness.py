@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hpcpar.comm.failure import Failure, appeared, death, deaths, mistake, now, say, tail
+from hpcpar.comm.failure import Failure, appeared, death, deaths, inherit, mistake, now, say, tail
 from hpcpar.comm.inquiry import ANSWER_S, BEAT_S, Charge, Inquiry, Observed, dump_stacks, process_fields, with_stacks
 from hpcpar.comm.recorder import DONE, FAILED, LastWords
 from hpcpar.comm.verdict import Testimony, Verdict, judge, mismatch
@@ -57,6 +57,7 @@ class Task:
     limits: dict[str, float]  # seconds without progress, by phase
     hosts: dict[str, list[int]]  # all hosts' ranks
     mesh: tuple[int, ...]
+    orphaned: tuple[str, ...] = ()  # what `inherit` is to run; none on the launcher's own host
 
     def text(self) -> str:
         """Return the task as JSON."""
@@ -66,8 +67,9 @@ class Task:
     def read(cls, text: str) -> Task:
         """Return the task from JSON."""
         told = json.loads(text)
-        charges, mesh = tuple(Charge(**charge) for charge in told.pop("charges")), tuple(told.pop("mesh"))
-        return cls(**told, charges=charges, mesh=mesh)
+        charges = tuple(Charge(**charge) for charge in told.pop("charges"))
+        mesh, orphaned = (tuple(told.pop(name)) for name in ("mesh", "orphaned"))
+        return cls(**told, charges=charges, mesh=mesh, orphaned=orphaned)
 
 
 def places(mesh: Mesh, rank: int) -> dict[str, int]:
@@ -130,6 +132,7 @@ class Witness:
         self._inquiry = Inquiry(self._run, task.host, task.hosts)
         self._clock, self._due = 0.0, {"beat": 0.0, "compare": COMPARE_S, "ask": 0.0}
         self._neighbour, self._neighbour_quiet_s = -1, 0.0
+        self._orphaned = task.orphaned
 
     def watch(self) -> None:
         """Return when no rank is left."""
@@ -142,6 +145,8 @@ class Witness:
             if failed_at is None and (appeared(self._run.failure) or appeared(mistake(self._run))):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() > failed_at + PATIENCE_S:
+                inherit(self._orphaned)
+                self._orphaned = ()
                 self._deaths.kill()
             # a scheduler that suspends the job stops us too: that time counts for nobody
             passed_s, last = min(time.monotonic() - last, 3 * LOOK_S), time.monotonic()

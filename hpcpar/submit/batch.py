@@ -3,9 +3,10 @@
     python -m hpcpar.submit.batch start RUN [FOLDER OF PICKLES]    prints lines for the shell to eval
     python -m hpcpar.submit.batch judge RUN CODE [WORDS]          the same, after the prologue on every node
     python -m hpcpar.submit.batch end RUN CODE [WORDS OF THE SCRIPT]
+    python -m hpcpar.submit.batch inherit RUN                     a witness calls it on another node: that one is lost
 
 `end` decides what comes next: nothing (done, failed for good, ended by a person), a requeue, or, where Slurm refuses
-to requeue, a follow-up job.
+to requeue, a follow-up job. `inherit` does so in its place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ from hpcpar.submit.starts import Starts, check_private
 WANTS_TO_GO_ON = 75  # exit code: stopped cleanly and saved, before all steps were done
 ON_PURPOSE = ("RunError", "UserError", "CheckpointError")  # the run ended itself: another start would do the same
 TOLD_TO_STOP = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))  # as srun tells it
+CONNECT_S = 5.0  # within which srun's machine answers a connection, if it lives
+WRITES_ITS_END_S = 3.0  # in which a batch script that lives has told its end
 BROKEN_GPU = ("CUDA error", "uncorrectable", "ECC", "NVLink", "Xid")
 
 
@@ -55,6 +60,7 @@ class Batch:
         for report in self.starts.nodes.glob("*.json"):
             report.unlink()  # an earlier start's
         self.starts.go_on.unlink(missing_ok=True)
+        self.starts.heir.unlink(missing_ok=True)
         if earlier := self._ended_by_slurm():
             self._remember(ask.lost_nodes(earlier["nodes"], earlier["time"]))
         bad = sorted(self.starts.bad_nodes().keys() & set(self.nodes))
@@ -128,6 +134,44 @@ class Batch:
         if not self._requeue():
             self._say(follow_up(self.environment, self.starts, words, keep_nodes=self._elastic()))
         return 0 if going_on else code
+
+    def inherit(self) -> None:
+        """Do what `end` would, on a node that lives, if the batch script's own node is lost with script and srun.
+
+        Slurm notices that after its SlurmdTimeout and requeues, but asks for as many tasks as before: an elastic job
+        would wait for the lost node. A rank's node has until its ranks have ended, and all of them ask: the first
+        does it.
+        """
+        if self._has_ended() or self._srun_lives():
+            return
+        time.sleep(WRITES_ITS_END_S)  # it may be srun alone that is gone
+        if self._has_ended() or ask.job_fields(self.job_id).get("JobState") != "RUNNING":
+            return
+        try:
+            self.starts.heir.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        self._remember({self.nodes[0]: "lost, and the batch script with it"})
+        self.starts.note(job=self.job_id, heir=self.environment["SLURMD_NODENAME"])
+        # train.sbatch got words that nobody has kept
+        if not self._requeue() and self.starts.job.exists():
+            follow_up(self.environment, self.starts, (), keep_nodes=self._elastic())
+
+    def _has_ended(self) -> bool:
+        """Return whether the batch script that started these ranks, if there is one, has told its end."""
+        newest = self.starts.lines()[-1:]
+        return not newest or "nodes" not in newest[0] or newest[0]["job"] != self.job_id
+
+    def _srun_lives(self) -> bool:
+        """Return whether the srun that started this task takes a connection, as it does to its end."""
+        try:
+            address = self.environment["SLURM_SRUN_COMM_HOST"], int(self.environment["SLURM_SRUN_COMM_PORT"])
+            socket.create_connection(address, CONNECT_S).close()
+        except KeyError:  # not told where it is
+            return True
+        except OSError:
+            return False
+        return True
 
     def _why_not_again(self, code: int, going_on: bool, state: str, began: float, lost: Mapping[str, str]) -> str:
         """Say why the run stays where it is, or return an empty string."""
@@ -209,12 +253,15 @@ class Batch:
 
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Do `start`, `judge` or `end` of a batch script."""
+    """Do `start`, `judge`, `end` or `inherit` of a batch script."""
     what, run, *rest = words
     try:
         batch = Batch(Path(run), environment)
         if what == "end":
             return batch.end(int(rest[0]), rest[1:])
+        if what == "inherit":
+            batch.inherit()
+            return 0
         if what == "judge":
             print(batch.judge(int(rest[0]), rest[1:]))
             return 0

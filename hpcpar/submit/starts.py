@@ -5,6 +5,7 @@
     RUN/submit/bad-nodes      a line a node: its name, a blank, why; delete a line to allow that node again
     RUN/submit/nodes/         what the prologue has measured on every node, a JSON each
     RUN/submit/go-on          made by rank 0: stopped cleanly and saved, but there is more to do
+    RUN/submit/heir           made by the first node that acts for the lost one of the batch script
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Starts:
     def go_on(self) -> Path:
         """Made by rank 0 where there is more to do."""
         return self.folder.submission / "go-on"
+
+    @property
+    def heir(self) -> Path:
+        """Made by the one node that does what the lost batch script would have done."""
+        return self.folder.submission / "heir"
 
     @property
     def nodes(self) -> Path:

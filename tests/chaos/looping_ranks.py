@@ -46,7 +46,8 @@ def main() -> None:
     # two pretended hosts: a witness each
     host = f"host-{world.rank // 2}" if "--two-hosts" in sys.argv else socket.gethostname()
     ones, total = np.ones(1 << 10), np.empty(1 << 10)
-    with Watch.start(run, OverMPI(world), host, Mesh(pp_size=2, tp_size=2), world.Abort) as watch:
+    orphaned = ("-c", f"open({str(run.path / 'orphaned')!r}, 'a').write('asked on {host}\\n')")
+    with Watch.start(run, OverMPI(world), host, Mesh(pp_size=2, tp_size=2), world.Abort, orphaned=orphaned) as watch:
         for step in range(30):
             watch.note(step=step, phase="forward")
             if step == 17:

@@ -96,6 +96,15 @@ def test_a_death_on_one_of_two_hosts_is_told_once(tmp_path: Path) -> None:
     assert failure["host"] == "host-1"
 
 
+def test_a_lost_launcher_is_asked_for_on_other_hosts_than_its_own(tmp_path: Path) -> None:
+    """Before the job is ended: by the rank that failed, and where that takes long by its witness."""
+    check_root_cause(launch("raise", tmp_path / "one"), tmp_path / "one")
+    check_root_cause(launch("raise", tmp_path / "two", "--two-hosts"), tmp_path / "two")
+    assert not (tmp_path / "one/orphaned").exists()
+    assert (tmp_path / "two/orphaned").read_text().startswith("asked on host-1\n")
+    assert "host-0" not in (tmp_path / "two/orphaned").read_text()
+
+
 def test_a_users_mistake_is_one_line_and_code_2(tmp_path: Path) -> None:
     done = launch("mistake", tmp_path / "run")
     assert done.returncode == 2

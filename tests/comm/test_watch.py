@@ -18,7 +18,7 @@ from hpcpar.comm.failure import Failure, appeared, publish_once
 from hpcpar.comm.inquiry import Charge
 from hpcpar.comm.recorder import DONE, FAILED, LastWords, Recorder
 from hpcpar.comm.watch import Watch, put_away
-from hpcpar.comm.witness import Deaths, Task, manner, process_state
+from hpcpar.comm.witness import Deaths, Task, Witness, manner, process_state
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.errors import UserError
 from hpcpar.layout.mesh import Mesh
@@ -156,5 +156,20 @@ def test_how_it_ended_is_said_as_far_as_known() -> None:
 
 def test_a_task_survives_the_way_to_the_witness() -> None:
     task = Task("/run", "here", 2, (Charge(0, 10, 3, 4, {"tp": 0}), Charge(1, 11, 3, 4, {"tp": 1})),
-                {"step": 3.0}, {"here": [0, 1]}, (1, 1, 1, 2))
+                {"step": 3.0}, {"here": [0, 1]}, (1, 1, 1, 2), ("-m", "heir"))
     assert Task.read(task.text()) == task
+
+
+def test_before_a_witness_ends_the_ranks_it_has_a_lost_launcher_seen_to(run: RunFolder, tmp_path: Path) -> None:
+    """The launcher does not end the rank of a failed run: the command finds it alive, then it is killed."""
+    run.watch.mkdir()
+    code = "import os, time; r, w = os.pipe(); print(r, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as rank:
+        assert rank.stdout is not None
+        line = int(rank.stdout.readline())
+        asks = f"import os, pathlib; pathlib.Path({str(tmp_path / 'found')!r}).write_text(str(os.kill({rank.pid}, 0)))"
+        run.failure.write_text("{}")
+        Witness(Task(str(run.path), "there", 2, (Charge(1, rank.pid, -1, line, {}),), {"step": 60.0},
+                     {"here": [0], "there": [1]}, (1, 2, 1, 1), ("-c", asks))).watch()
+        assert rank.wait() == -signal.SIGKILL
+    assert (tmp_path / "found").read_text() == "None"

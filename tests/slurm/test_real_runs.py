@@ -62,13 +62,32 @@ class RealPlace(Place):
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                command, environment = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+                command = (path / "cmdline").read_bytes()
             except OSError:
                 continue
             if b"submitit.core._submit" in command and f"{self.run}/submit".encode() in command and \
-                    b"SLURM_PROCID=" in environment and f"SLURMD_NODENAME={node}".encode() in environment:
+                    self._variable(path, "SLURM_PROCID") and self._variable(path, "SLURMD_NODENAME").startswith(node):
                 found.append(int(path.name))
         return found
+
+    def lose(self, node: str) -> None:
+        """Kill all that runs on a node, as a loss of power does: slurmd, its steps, and what these started."""
+        self.call(CLUSTER, "node-kill", node)
+        found = [path for path in Path("/proc").glob("[0-9]*") if self._variable(path, "SLURMD_NODENAME") == node]
+        pids = [int(path.name) for path in found]
+        parents = {int((path / "stat").read_text().rpartition(")")[2].split()[1]) for path in found}
+        steps = {pid for pid in parents if Path(f"/proc/{pid}/comm").read_text() == "slurmstepd\n"}
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none may see another's end
+            for pid in steps | set(pids):
+                os.kill(pid, number)
+
+    @staticmethod
+    def _variable(process: Path, name: str) -> str:
+        try:
+            words = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            return ""
+        return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), "")
 
     def until_gone(self, fault: str, start: float, limit_s: float = 60) -> None:
         self.until(lambda: not self.ranks(), limit_s)
@@ -235,6 +254,27 @@ def test_an_elastic_job_goes_on_with_fewer_nodes(place, uninterrupted):
     assert_same(place, uninterrupted)
     assert "elastic: 3 of 4 nodes: dp 2 instead of 4" in place.logs()
     place.until_in_service("node4")
+
+
+def test_an_elastic_job_that_loses_its_batch_node_goes_on_with_fewer(place, uninterrupted):
+    """Script, srun and prologue lived there: another node has it requeued, with as few tasks as it may have."""
+    job_id = place.submit("--machine.nodes", "4", "--layout.dp", "4", "--elastic")
+    place.until_step(7)
+    start = time.monotonic()
+    place.lose("node1")
+    try:
+        place.until_gone("elastic, batch node lost", start, 90)
+        place.until(lambda: place.shown(job_id)["NumTasks"] == "4", 90)
+        place.finish(job_id, "elastic, batch node lost")
+    finally:
+        subprocess.run([CLUSTER, "node-start", "node1"], env=place.environment, check=True)
+    assert_same(place, uninterrupted)
+    assert "elastic: 3 of 4 nodes: dp 2 instead of 4" in place.logs()
+    assert (place.run / "submit/bad-nodes").read_text() == "node1 lost, and the batch script with it\n"
+    lines = read_lines(place.run / "submit/starts.jsonl")
+    assert [word for line in lines for word in ("nodes", "heir", "end") if word in line] == [
+        "nodes", "heir", "nodes", "end"]
+    place.until_in_service("node1")
 
 
 def test_scancel_leaves_a_verified_checkpoint(place, uninterrupted):
