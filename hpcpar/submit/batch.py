@@ -119,8 +119,7 @@ class Batch:
     def end(self, code: int, words: Sequence[str]) -> int:
         """Decide what comes after srun's exit code; return the job's."""
         going_on = self.starts.go_on.exists()  # written when all ranks had saved: stronger than the code
-        began = max((line["time"] for line in self.starts.lines() if "nodes" in line), default=0.0)
-        state = ask.job_fields(self.job_id).get("JobState", "RUNNING")
+        began, state = self.starts.began(), ask.job_fields(self.job_id).get("JobState", "RUNNING")
         # what Slurm is killing died of that
         lost = {} if going_on or code == 0 or state != "RUNNING" else self._culprits(began)
         self._remember(lost)
@@ -139,14 +138,17 @@ class Batch:
         """Do what `end` would, on a node that lives, if the batch script's own node is lost with script and srun.
 
         Slurm notices that after its SlurmdTimeout and requeues, but asks for as many tasks as before: an elastic job
-        would wait for the lost node. A rank's node has until its ranks have ended, and all of them ask: the first
-        does it.
+        would wait for the lost node. All nodes ask this before their ranks end: the first does it.
         """
         if self._has_ended() or self._srun_lives():
             return
-        time.sleep(WRITES_ITS_END_S)  # it may be srun alone that is gone
-        if self._has_ended() or ask.job_fields(self.job_id).get("JobState") != "RUNNING":
-            return
+        if not (by_slurm := self._requeued_by_slurm()):
+            time.sleep(WRITES_ITS_END_S)  # it may be srun alone that is gone
+            if self._has_ended():
+                return
+            by_slurm = self._requeued_by_slurm()
+            if not by_slurm and ask.job_fields(self.job_id).get("JobState") != "RUNNING":
+                return
         try:
             self.starts.heir.touch(exist_ok=False)
         except FileExistsError:
@@ -154,8 +156,13 @@ class Batch:
         self._remember({self.nodes[0]: "lost, and the batch script with it"})
         self.starts.note(job=self.job_id, heir=self.environment["SLURMD_NODENAME"])
         # train.sbatch got words that nobody has kept
-        if not self._requeue() and self.starts.job.exists():
+        if not self._requeue(by_slurm) and self.starts.job.exists():
             follow_up(self.environment, self.starts, (), keep_nodes=self._elastic())
+
+    def _requeued_by_slurm(self) -> bool:
+        """Return whether Slurm ends this start since it misses the batch script's node."""
+        return (ask.job_fields(self.job_id).get("JobState", "RUNNING") != "RUNNING"
+                and self.nodes[0] in ask.lost_nodes(self.nodes[:1], self.starts.began()))
 
     def _has_ended(self) -> bool:
         """Return whether the batch script that started these ranks, if there is one, has told its end."""
@@ -210,10 +217,10 @@ class Batch:
         for name, why in lost.items():
             self._say(f"{name} let this run down ({why})")
 
-    def _requeue(self) -> bool:
+    def _requeue(self, by_slurm: bool = False) -> bool:
         bad, job = [*self.starts.bad_nodes()], self._job()
         fewest = fewest_nodes(job) * job.machine.gpus_per_node if job.submit.elastic else None
-        return requeue(self.job_id, bad if bad and self._can_exclude(bad) else [], fewest)
+        return requeue(self.job_id, bad if bad and self._can_exclude(bad) else [], fewest, by_slurm)
 
     def _can_exclude(self, bad: Sequence[str]) -> bool:
         """Tell whether the partition has nodes enough without these."""

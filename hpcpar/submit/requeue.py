@@ -16,15 +16,15 @@ from hpcpar.submit.starts import Starts
 PATIENCE_S = 10.0
 
 
-def requeue(job_id: str, exclude: Sequence[str], fewest_tasks: int | None) -> bool:
+def requeue(job_id: str, exclude: Sequence[str], fewest_tasks: int | None, by_slurm: bool = False) -> bool:
     """Ask Slurm to run this job again, without the nodes of `exclude`; return whether it agreed.
 
     `fewest_tasks`: with how many tasks it may start; None leaves that. Slurm keeps the number of the first start, and
-    a job that had all its nodes then never starts on fewer (seen with 22.05).
+    a job that had all its nodes then never starts on fewer (seen with 22.05). `by_slurm`: it does run it again.
     """
     already = ask.job_fields(job_id).get("ExcNodeList", "(null)")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue ends this script, and us before we have excluded
-    if ask.slurm("scontrol", "requeue", job_id) is None:
+    if not by_slurm and ask.slurm("scontrol", "requeue", job_id) is None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return False
     names = ",".join([*([] if already == "(null)" else [already]), *exclude])

@@ -51,6 +51,10 @@ class Starts:
         """Return all starts and ends, oldest first; a line cut off by a dying node is left out."""
         return read_lines(self.folder.submission / "starts.jsonl")
 
+    def began(self) -> float:
+        """Return when the newest start was, in seconds; 0 where there was none."""
+        return max((line["time"] for line in self.lines() if "nodes" in line), default=0.0)
+
     def note(self, **what: Any) -> None:
         """Add a line."""
         line = {"time": round(time.time(), 3), **what, "step": self.newest_step()}

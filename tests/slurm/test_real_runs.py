@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,14 @@ class RealPlace(Place):
     def lose(self, node: str) -> None:
         """Kill all that runs on a node, as a loss of power does: slurmd, its steps, and what these started."""
         self.call(CLUSTER, "node-kill", node)
-        found = [path for path in Path("/proc").glob("[0-9]*") if self._variable(path, "SLURMD_NODENAME") == node]
-        pids = [int(path.name) for path in found]
-        parents = {int((path / "stat").read_text().rpartition(")")[2].split()[1]) for path in found}
-        steps = {pid for pid in parents if Path(f"/proc/{pid}/comm").read_text() == "slurmstepd\n"}
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # none may see another's end
-            for pid in steps | set(pids):
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")
+                if self._variable(path, "SLURMD_NODENAME") == node]
+        parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids}
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in {*pids, *parents}}
+        lost = [pid for pid in names if pid in pids or names[pid] == "slurmstepd"]
+        # none may see another's end; srun first, as the kernel wakes it when the shell that has stopped too is gone
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in sorted(lost, key=lambda pid: names[pid] != "srun"):
                 os.kill(pid, number)
 
     @staticmethod
@@ -256,18 +259,39 @@ def test_an_elastic_job_goes_on_with_fewer_nodes(place, uninterrupted):
     place.until_in_service("node4")
 
 
-def test_an_elastic_job_that_loses_its_batch_node_goes_on_with_fewer(place, uninterrupted):
-    """Script, srun and prologue lived there: another node has it requeued, with as few tasks as it may have."""
-    job_id = place.submit("--machine.nodes", "4", "--layout.dp", "4", "--elastic")
-    place.until_step(7)
-    start = time.monotonic()
-    place.lose("node1")
+@contextmanager
+def patience(place: RealPlace, seconds: int) -> Iterator[None]:
+    """Let Slurm miss a node only after so many seconds instead of ten."""
+    configuration = Path(place.environment["SLURM_CONF"])
+    settings = configuration.read_text()
+    configuration.write_text(settings.replace("SlurmdTimeout=10\n", f"SlurmdTimeout={seconds}\n"))
+    place.call("scontrol", "reconfigure")
     try:
-        place.until_gone("elastic, batch node lost", start, 90)
-        place.until(lambda: place.shown(job_id)["NumTasks"] == "4", 90)
-        place.finish(job_id, "elastic, batch node lost")
+        yield
     finally:
-        subprocess.run([CLUSTER, "node-start", "node1"], env=place.environment, check=True)
+        configuration.write_text(settings)
+        place.call("scontrol", "reconfigure")
+
+
+@pytest.mark.parametrize("first", ["another node", "Slurm"])
+def test_an_elastic_job_that_loses_its_batch_node_goes_on_with_fewer(place, uninterrupted, first):
+    """Script, srun and prologue lived there: another node does what they would have, before or after Slurm notices."""
+    fault = f"elastic, batch node lost, noticed by {first} first"
+    with patience(place, 300):  # as it is by default
+        job_id = place.submit("--machine.nodes", "4", "--layout.dp", "4", "--elastic")
+        place.until_step(7)
+        start = time.monotonic()
+        place.lose("node1")
+        try:
+            if first == "Slurm":
+                place.until((place.run / "failure.json").exists, 60)
+                place.call("scontrol", "update", "nodename=node1", "state=down", "reason=lost")
+            place.until((place.run / "submit/heir").exists, 60)
+            MEASURED.append(f"{fault}: another node acts after {time.monotonic() - start:.1f} s")
+            place.until_gone(fault, start, 90)
+        finally:
+            subprocess.run([CLUSTER, "node-start", "node1"], env=place.environment, check=True)
+        place.finish(job_id, fault)
     assert_same(place, uninterrupted)
     assert "elastic: 3 of 4 nodes: dp 2 instead of 4" in place.logs()
     assert (place.run / "submit/bad-nodes").read_text() == "node1 lost, and the batch script with it\n"

@@ -49,23 +49,26 @@ ENDS = {"job": "7", "end": 137}
 LOST = {"node1": "lost, and the batch script with it"}
 
 
-@pytest.mark.parametrize(("lines", "srun_lives", "state", "acts"), [
-    ([START], False, "RUNNING", True),
-    ([START], True, "RUNNING", False),  # a rank failed, and the batch script will see to it
-    ([START], False, "COMPLETING", False),  # cancelled, or Slurm was quicker
-    ([START, ENDS], False, "RUNNING", False),  # srun is gone for the batch script has come to its end
-    ([START, ENDS, {**START, "job": "8"}], False, "RUNNING", False),
-    ([], False, "RUNNING", False),  # srun was started by hand
+REQUEUE, EXCLUDE = "scontrol requeue 7", "scontrol update jobid=7 excnodelist=node1"
+
+
+@pytest.mark.parametrize(("lines", "srun_lives", "state", "node", "asks"), [
+    ([START], False, "RUNNING", "ALLOCATED", [REQUEUE, EXCLUDE]),
+    ([START], False, "COMPLETING", "DOWN*", [EXCLUDE]),  # Slurm was quicker
+    ([START], False, "COMPLETING", "IDLE", []),  # cancelled
+    ([START], True, "RUNNING", "ALLOCATED", []),  # a rank failed, and the batch script will see to it
+    ([START, ENDS], False, "RUNNING", "ALLOCATED", []),  # srun is gone, for the batch script has come to its end
+    ([START, ENDS, {**START, "job": "8"}], False, "RUNNING", "ALLOCATED", []),
+    ([], False, "RUNNING", "ALLOCATED", []),  # srun was started by hand
 ])
 def test_another_node_requeues_where_the_batch_scripts_is_lost(tmp_path, monkeypatch, srun, lines, srun_lives, state,
-                                                                acts):
-    batch, asked = orphan(tmp_path, monkeypatch, srun, lines, {"JobState": state})
+                                                                node, asks):
+    batch, asked = orphan(tmp_path, monkeypatch, srun, lines, {"JobState": state}, node=node)
     if not srun_lives:
         srun.close()
     batch.inherit()
-    assert asked == (["scontrol requeue 7", "scontrol update jobid=7 excnodelist=node1"] if acts else [])
-    assert batch.starts.bad_nodes() == (LOST if acts else {})
-    assert [line["heir"] for line in batch.starts.lines() if "heir" in line] == ["node2"] * acts
+    assert asked == asks and batch.starts.bad_nodes() == (LOST if asks else {})
+    assert [line["heir"] for line in batch.starts.lines() if "heir" in line] == ["node2"] * bool(asks)
 
 
 def test_one_node_acts_for_the_lost_one_at_each_start(tmp_path, monkeypatch, srun):
@@ -89,7 +92,7 @@ def test_where_requeue_is_refused_the_other_node_submits_a_follow_up(tmp_path, m
     assert asked == ["scontrol requeue 7"] and followed == [(batch.environment, batch.starts, ())]
 
 
-def orphan(tmp_path, monkeypatch, srun, lines, fields, refused="nothing"):
+def orphan(tmp_path, monkeypatch, srun, lines, fields, refused="nothing", node="ALLOCATED"):
     """Return a batch as another node knows it after its start, and the list of what it asks Slurm to do."""
     asked = []
 
@@ -98,7 +101,8 @@ def orphan(tmp_path, monkeypatch, srun, lines, fields, refused="nothing"):
             asked.append(" ".join(words))
             return None if words[1] == refused else ""
         shown = " ".join(f"{name}={value}" for name, value in fields.items())
-        return next((answer for what, answer in {**ANSWERS, "job": shown, "hostnames": "node1\nnode2\n"}.items()
+        return next((answer for what, answer in {"job": shown, "hostnames": "node1\nnode2\n",
+                                                    "node": f"NodeName=node1 State={node}\n"}.items()
                      if what in words), None)
 
     monkeypatch.setattr(ask, "slurm", slurm)
