@@ -22,3 +22,4 @@ def test_the_benchmark_plays_all_schedules():
     assert [row["schedule"] for row in rows] == ["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv",
                                                  "dualpipev"]
     assert all(row["measured_s"] >= row["foretold_s"] >= row["ideal_s"] for row in rows)
+    assert all(row["plain_s"] > row["foretold_s"] for row in rows)
