@@ -19,7 +19,7 @@ from hpcpar.config.run_folder import RunFolder
 
 _TAIL = 20
 _RELAY_S = 5.0
-_INHERIT_S = 20.0
+_INHERIT_S = 40.0
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,9 @@ def inherit(orphaned: Sequence[str]) -> None:
     """
     if orphaned:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run([sys.executable, *orphaned], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, timeout=_INHERIT_S, check=False)
+            nothing = subprocess.DEVNULL
+            child = subprocess.Popen([sys.executable, *orphaned], stdin=nothing, stdout=nothing, stderr=nothing)
+            child.wait(_INHERIT_S)  # one that a file system holds is left: not even a kill would end it
 
 
 def await_reader(stream: int) -> None:

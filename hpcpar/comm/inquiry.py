@@ -160,6 +160,15 @@ class Inquiry:
     def _beat_of(self, host: str) -> int:
         return int(_get(self.folder / f"beat-{host}").get("count", -1))
 
+    def last_seen(self, rank: int) -> Testimony:
+        """Return what its host's last beat said of a rank; quiet since then."""
+        host = next(host for host, ranks in self._hosts.items() if rank in ranks)
+        beat = _get(self.folder / f"beat-{host}")
+        for one, step, phase, manner, quiet_s in beat.get("ranks", []):
+            if one == rank:
+                return Testimony(rank, manner, quiet_s + max(0.0, time.time() - beat["time"]), step=step, phase=phase)
+        return Testimony(rank, "working")
+
     def questions(self) -> list[str]:
         """Return the names of questions that this host has not answered yet."""
         try:

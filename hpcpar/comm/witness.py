@@ -210,7 +210,7 @@ class Witness:
             return
         rank, task = verdict.rank, self._task
         host = next(host for host, ranks in task.hosts.items() if rank in ranks)
-        one = next((t for t in told if t.rank == rank), None) or Testimony(rank, "working")
+        one = next((t for t in told if t.rank == rank), None) or self._inquiry.last_seen(rank)
         if not told and rank in self._observed:
             one = self._observed[rank].testimony()
         call = verdict.call or one.waiting or (one.calls[-1] if one.calls else None)

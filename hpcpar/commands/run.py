@@ -76,7 +76,7 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
                         format="%(asctime)s %(levelname)s %(message)s")
     mesh = Layout(job).mesh
-    orphaned = ["-m", "hpcpar.submit.batch", "inherit", str(folder.path.absolute())]
+    orphaned = ["-m", "hpcpar.submit.heir", str(folder.path.absolute())]
     with (Watch.start(folder, world.control, world.host, mesh, world.abort, job.health,
                       orphaned if surroundings.launcher == "srun" else ()) as watch,
           explained(job, mesh.coordinates(world.rank), world.device)):

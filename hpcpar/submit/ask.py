@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 TIMEOUT_S = 30.0
@@ -81,6 +81,15 @@ def minutes(text: str) -> int | None:
 def host_names(node_list: str) -> list[str]:
     """Expand node[1-3,7] in Slurm's order, which is the order of the ranks."""
     return (slurm("scontrol", "show", "hostnames", node_list) or "").split() if node_list else []
+
+
+def own_id(environment: Mapping[str, str]) -> str:
+    """Return the id by which Slurm's commands mean this job alone.
+
+    An array's last element has the number of the whole array for SLURM_JOB_ID.
+    """
+    element = environment.get("SLURM_ARRAY_TASK_ID")
+    return environment["SLURM_JOB_ID"] if element is None else f"{environment['SLURM_ARRAY_JOB_ID']}_{element}"
 
 
 def job_fields(job_id: str) -> dict[str, str]:

@@ -3,10 +3,9 @@
     python -m hpcpar.submit.batch start RUN [FOLDER OF PICKLES]    prints lines for the shell to eval
     python -m hpcpar.submit.batch judge RUN CODE [WORDS]          the same, after the prologue on every node
     python -m hpcpar.submit.batch end RUN CODE [WORDS OF THE SCRIPT]
-    python -m hpcpar.submit.batch inherit RUN                     a witness calls it on another node: that one is lost
 
 `end` decides what comes next: nothing (done, failed for good, ended by a person), a requeue, or, where Slurm refuses
-to requeue, a follow-up job. `inherit` does so in its place.
+to requeue, a follow-up job. Where the first node is lost, `heir` does that on another.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +34,6 @@ from hpcpar.submit.starts import Starts, check_private
 WANTS_TO_GO_ON = 75  # exit code: stopped cleanly and saved, before all steps were done
 ON_PURPOSE = ("RunError", "UserError", "CheckpointError")  # the run ended itself: another start would do the same
 TOLD_TO_STOP = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))  # as srun tells it
-CONNECT_S = 5.0  # within which srun's machine answers a connection, if it lives
-WRITES_ITS_END_S = 3.0  # in which a batch script that lives has told its end
 BROKEN_GPU = ("CUDA error", "uncorrectable", "ECC", "NVLink", "Xid")
 
 
@@ -47,7 +42,7 @@ class Batch:
 
     def __init__(self, run: Path, environment: Mapping[str, str]):
         self.starts, self.environment = Starts(RunFolder(run.absolute())), environment
-        self.job_id = environment["SLURM_JOB_ID"]
+        self.job_id, self.own_id = environment["SLURM_JOB_ID"], ask.own_id(environment)
         self.nodes = ask.host_names(environment.get("SLURM_JOB_NODELIST", ""))
 
     def start(self, pickles: Path | None) -> str:
@@ -62,9 +57,9 @@ class Batch:
         self.starts.go_on.unlink(missing_ok=True)
         self.starts.heir.unlink(missing_ok=True)
         if earlier := self._ended_by_slurm():
-            self._remember(ask.lost_nodes(earlier["nodes"], earlier["time"]))
+            self.remember(ask.lost_nodes(earlier["nodes"], earlier["time"]))
         bad = sorted(self.starts.bad_nodes().keys() & set(self.nodes))
-        if bad and self._can_exclude(bad) and self._requeue():
+        if bad and self._can_exclude(bad) and self.requeue():
             self._say(f"{', '.join(bad)} let this run down before; requeued without")
             return "exit 0"
         network = [f"export {name}={shlex.quote(value)}" for name, value in mpi_network(self.environment).items()]
@@ -77,10 +72,12 @@ class Batch:
         """Return the last start's line unless that start ended by itself, or was requeued by us.
 
         Where the batch script's own node is well, `end` still comes to write that the job stays as Slurm leaves it.
+        Where another node acted for it, others may be lost as well.
         """
         lines = self.starts.lines()
         began = next((line for line in reversed(lines) if "nodes" in line), None)
-        left = lines and (lines[-1] is began or ("stays" in lines[-1] and lines[-1]["job"] == self.job_id))
+        left = lines and (lines[-1] is began or ({"stays", "heir"} & lines[-1].keys()
+                                                 and lines[-1]["job"] == self.job_id))
         return began if left else None
 
     def judge(self, code: int, words: Sequence[str]) -> str:
@@ -98,8 +95,8 @@ class Batch:
             self._say(f"prologue: {line}")
         if not found.bad:
             return ""
-        self._remember(found.bad)
-        if self._can_exclude([*self.starts.bad_nodes()]) and self._requeue():
+        self.remember(found.bad)
+        if self._can_exclude([*self.starts.bad_nodes()]) and self.requeue():
             self.starts.note(job=self.job_id, unfit=sorted(found.bad))
             self._say(f"requeued without {', '.join(found.bad)}")
             return "exit 0"
@@ -108,7 +105,7 @@ class Batch:
 
     def _wanted(self) -> Wanted:
         """Return what the job as submitted expects of a node; on CPUs, and in train.sbatch, they are only compared."""
-        machine = self._job().machine
+        machine = self.job().machine
         if machine.gpu == "cpu" or self.environment.get("HPCPAR_CPU") == "1":
             return Wanted()
         try:
@@ -119,10 +116,10 @@ class Batch:
     def end(self, code: int, words: Sequence[str]) -> int:
         """Decide what comes after srun's exit code; return the job's."""
         going_on = self.starts.go_on.exists()  # written when all ranks had saved: stronger than the code
-        began, state = self.starts.began(), ask.job_fields(self.job_id).get("JobState", "RUNNING")
+        began, state = self.starts.began(), ask.job_fields(self.own_id).get("JobState", "RUNNING")
         # what Slurm is killing died of that
         lost = {} if going_on or code == 0 or state != "RUNNING" else self._culprits(began)
-        self._remember(lost)
+        self.remember(lost)
         stay = self._why_not_again(code, going_on, state, began, lost)
         self.starts.note(job=self.job_id, end=code, **({"stays": stay} if stay else {}))
         if stay:
@@ -130,55 +127,9 @@ class Batch:
             return code or (WANTS_TO_GO_ON if going_on else 0)
         if code == 0 and not going_on:
             return 0
-        if not self._requeue():
-            self._say(follow_up(self.environment, self.starts, words, keep_nodes=self._elastic()))
+        if not self.requeue():
+            self._say(follow_up(self.environment, self.starts, words, keep_nodes=self.elastic()))
         return 0 if going_on else code
-
-    def inherit(self) -> None:
-        """Do what `end` would, on a node that lives, if the batch script's own node is lost with script and srun.
-
-        Slurm notices that after its SlurmdTimeout and requeues, but asks for as many tasks as before: an elastic job
-        would wait for the lost node. All nodes ask this before their ranks end: the first does it.
-        """
-        if self._has_ended() or self._srun_lives():
-            return
-        if not (by_slurm := self._requeued_by_slurm()):
-            time.sleep(WRITES_ITS_END_S)  # it may be srun alone that is gone
-            if self._has_ended():
-                return
-            by_slurm = self._requeued_by_slurm()
-            if not by_slurm and ask.job_fields(self.job_id).get("JobState") != "RUNNING":
-                return
-        try:
-            self.starts.heir.touch(exist_ok=False)
-        except FileExistsError:
-            return
-        self._remember({self.nodes[0]: "lost, and the batch script with it"})
-        self.starts.note(job=self.job_id, heir=self.environment["SLURMD_NODENAME"])
-        # train.sbatch got words that nobody has kept
-        if not self._requeue(by_slurm) and self.starts.job.exists():
-            follow_up(self.environment, self.starts, (), keep_nodes=self._elastic())
-
-    def _requeued_by_slurm(self) -> bool:
-        """Return whether Slurm ends this start since it misses the batch script's node."""
-        return (ask.job_fields(self.job_id).get("JobState", "RUNNING") != "RUNNING"
-                and self.nodes[0] in ask.lost_nodes(self.nodes[:1], self.starts.began()))
-
-    def _has_ended(self) -> bool:
-        """Return whether the batch script that started these ranks, if there is one, has told its end."""
-        newest = self.starts.lines()[-1:]
-        return not newest or "nodes" not in newest[0] or newest[0]["job"] != self.job_id
-
-    def _srun_lives(self) -> bool:
-        """Return whether the srun that started this task takes a connection, as it does to its end."""
-        try:
-            address = self.environment["SLURM_SRUN_COMM_HOST"], int(self.environment["SLURM_SRUN_COMM_PORT"])
-            socket.create_connection(address, CONNECT_S).close()
-        except KeyError:  # not told where it is
-            return True
-        except OSError:
-            return False
-        return True
 
     def _why_not_again(self, code: int, going_on: bool, state: str, began: float, lost: Mapping[str, str]) -> str:
         """Say why the run stays where it is, or return an empty string."""
@@ -191,7 +142,7 @@ class Batch:
         failure = self.starts.failure(began)
         if code == 2 or (failure and failure["error"] in ON_PURPOSE):
             return "it would fail again in the same way; not requeued"
-        retries, tries = self._job().submit.retries, self.starts.fruitless()
+        retries, tries = self.job().submit.retries, self.starts.fruitless()
         if failure is None and code not in TOLD_TO_STOP and tries == 1 <= retries:
             # in the start of Python or MPI; that can be chance, such as a PMI message torn in two
             self._say("ended before any rank could say why; tried once more")
@@ -212,38 +163,41 @@ class Batch:
                 lost.setdefault(self.nodes[index], f"rank {failure['rank']}: {failure['message']}")
         return lost
 
-    def _remember(self, lost: dict[str, str]) -> None:
+    def remember(self, lost: dict[str, str]) -> None:
+        """Write down, and say, which nodes are not to be used again, and why."""
         self.starts.add_bad_nodes(lost)
         for name, why in lost.items():
             self._say(f"{name} let this run down ({why})")
 
-    def _requeue(self, by_slurm: bool = False) -> bool:
-        bad, job = [*self.starts.bad_nodes()], self._job()
+    def requeue(self) -> bool:
+        """Have Slurm run the job again as this run wants it; return whether it does."""
+        bad, job = [*self.starts.bad_nodes()], self.job()
         fewest = fewest_nodes(job) * job.machine.gpus_per_node if job.submit.elastic else None
-        return requeue(self.job_id, bad if bad and self._can_exclude(bad) else [], fewest, by_slurm)
+        return requeue(self.own_id, bad if bad and self._can_exclude(bad) else [], fewest)
 
     def _can_exclude(self, bad: Sequence[str]) -> bool:
         """Tell whether the partition has nodes enough without these."""
         found = (ask.partitions() or {}).get(self.environment.get("SLURM_JOB_PARTITION", ""))
         known = ask.partition(found) if found else None
         left = sum(node.name not in bad for node in known.nodes) if known and known.nodes else None
-        needed = fewest_nodes(self._job()) if self._elastic() else len(self.nodes)
+        needed = fewest_nodes(self.job()) if self.elastic() else len(self.nodes)
         if left is not None and left < needed:
             self._say(f"cannot do without {', '.join(bad)}: {left} other nodes, {needed} needed")
         return left is None or left >= needed
 
-    def _job(self) -> Job:
+    def job(self) -> Job:
         """Return the job as submitted; what train.sbatch runs was not, and has made no wishes."""
         return load_job(self.starts.job) if self.starts.job.exists() else Job()
 
-    def _elastic(self) -> bool:
-        return self._job().submit.elastic
+    def elastic(self) -> bool:
+        """Return whether the job takes fewer nodes."""
+        return self.job().submit.elastic
 
     def _fewer_ranks(self) -> str:
         """Return what an elastic job tells srun where it was given fewer nodes than it wished."""
-        if not self._elastic():
+        if not self.elastic():
             return ""
-        job = self._job()
+        job = self.job()
         smaller = for_fewer_nodes(job, len(self.nodes))
         if smaller is None:
             raise UserError("submit.elastic", f"{len(self.nodes)} nodes hold no legal layout", "see hpcpar show")
@@ -260,15 +214,12 @@ class Batch:
 
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Do `start`, `judge`, `end` or `inherit` of a batch script."""
+    """Do `start`, `judge` or `end` of a batch script."""
     what, run, *rest = words
     try:
         batch = Batch(Path(run), environment)
         if what == "end":
             return batch.end(int(rest[0]), rest[1:])
-        if what == "inherit":
-            batch.inherit()
-            return 0
         if what == "judge":
             print(batch.judge(int(rest[0]), rest[1:]))
             return 0

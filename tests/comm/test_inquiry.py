@@ -53,3 +53,13 @@ def test_silent_is_who_beat_once_and_neither_beats_nor_answers(part, monkeypatch
     part("b").beat(told("b"))  # c has no witness: it never beats
     assert part("a").answers(part("a").ask(), told("a")) == ([], ["b"])
     assert part("a").neighbours_beat() == 1 and part("b").neighbours_beat() == -1
+
+
+def test_of_a_silent_hosts_ranks_the_last_beat_is_told(part, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = HOSTS["b"][0]
+    part("b").beat([Told(rank, "waiting", 1.5, step=7, phase="step")])
+    then = inquiry.time.time()
+    monkeypatch.setattr(inquiry.time, "time", lambda: then + 20)
+    seen = part("a").last_seen(rank)
+    assert (seen.manner, seen.step, seen.phase) == ("waiting", 7, "step") and 21 < seen.quiet_s < 22
+    assert part("a").last_seen(HOSTS["c"][0]) == Told(HOSTS["c"][0], "working")  # it never had a witness

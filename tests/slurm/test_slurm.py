@@ -284,6 +284,22 @@ def test_a_sweep_is_an_array_of_runs_split_where_slurm_wants_it(place):
     place.until_state(last, "COMPLETED")
 
 
+def test_only_the_element_of_an_array_that_wants_to_go_on_is_requeued(place):
+    """The last element has the array's own number, by which Slurm would mean all of them."""
+    waits = place.run / "train.seed=2"
+    waits.mkdir(mode=0o700, parents=True)
+    place.run.chmod(0o700)
+    (waits / "wait").touch()
+    first, last = place.submit(request="sweep=('train.seed=1,2',)").split()
+    place.until_state(first, "COMPLETED")
+    place.until(lambda: len(list(waits.glob("told-*-0.json"))) == 4)
+    place.call("scancel", "--signal=USR2", last)
+    place.until(lambda: place.shown(last)["Restarts"] == "1")
+    place.until_completed_again(last)
+    assert len(list(waits.glob("told-*-1.json"))) == 4 and place.state(first) == "COMPLETED"
+    assert not list((place.run / "train.seed=1").glob("told-*-1.json"))
+
+
 def test_a_job_waits_for_the_one_that_it_depends_on(place):
     place.run.mkdir(mode=0o700)
     (place.run / "wait").touch()
