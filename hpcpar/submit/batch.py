@@ -34,6 +34,7 @@ from hpcpar.submit.starts import Starts, check_private
 WANTS_TO_GO_ON = 75  # exit code: stopped cleanly and saved, before all steps were done
 ON_PURPOSE = ("RunError", "UserError", "CheckpointError")  # the run ended itself: another start would do the same
 TOLD_TO_STOP = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))  # as srun tells it
+ASKED_TO_STOP = TOLD_TO_STOP[1:]  # by TERM srun also ends the ranks beside one that failed
 BROKEN_GPU = ("CUDA error", "uncorrectable", "ECC", "NVLink", "Xid")
 
 
@@ -143,7 +144,7 @@ class Batch:
         if code == 2 or (failure and failure["error"] in ON_PURPOSE):
             return "it would fail again in the same way; not requeued"
         retries, tries = self.job().submit.retries, self.starts.fruitless()
-        if failure is None and code not in TOLD_TO_STOP and tries == 1 <= retries:
+        if failure is None and code not in ASKED_TO_STOP and tries == 1 <= retries:
             # in the start of Python or MPI; that can be chance, such as a PMI message torn in two
             self._say("ended before any rank could say why; tried once more")
             return ""

@@ -35,3 +35,16 @@ def test_the_ranks_are_told_how_mpi_talks(tmp_path, monkeypatch):
     monkeypatch.setattr(ask, "slurm", lambda *words: ANSWERS["hostnames"] if "hostnames" in words else None)
     batch = Batch(tmp_path / "run", {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1,3]"})
     assert batch.start(None) == "export MPIR_CVAR_CH4_NETMOD=ofi\nexport FI_PROVIDER='^sockets'"
+
+
+@pytest.mark.parametrize(("code", "says"), [
+    (134, ""),  # a rank aborted
+    (143, ""),  # beside it srun ended one that had not yet begun to heed signals
+    (140, "failed before its first step; not requeued"),  # somebody stopped it by USR2
+    (2, "it would fail again in the same way; not requeued"),
+])
+def test_a_start_that_could_not_say_why_it_ended_is_tried_once_more(tmp_path, monkeypatch, code, says):
+    monkeypatch.setattr(ask, "slurm", lambda *words: ANSWERS["hostnames"] if "hostnames" in words else None)
+    batch = Batch(tmp_path / "run", {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1,3]"})
+    batch.start(None)
+    assert batch._why_not_again(code, False, "RUNNING", batch.starts.began(), {}) == says
