@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from hpcpar.checkpoint.format import BFLOAT16, INDEX, FileEntry, Manifest, StoredBox, dataset_path, index_path
-from hpcpar.checkpoint.store import hdf5_type, write_small
+from hpcpar.checkpoint.store import Maker, write_small
 
 
 def write_index(folder: Path, manifest: Manifest) -> FileEntry:
@@ -23,14 +23,15 @@ def write_index(folder: Path, manifest: Manifest) -> FileEntry:
 
     def build(hdf5: h5py.File) -> None:
         hdf5.attrs["step"] = manifest.step
+        maker = Maker(hdf5)
         for kind in manifest.kinds:
             for tensor, sources in boxes.items():
-                _virtual(hdf5, kind, manifest.dtype(kind, tensor), manifest.tensors[tensor], tensor, sources)
+                _virtual(maker, kind, manifest.dtype(kind, tensor), manifest.tensors[tensor], tensor, sources)
 
     return write_small(folder / INDEX, build)
 
 
-def _virtual(hdf5: h5py.File, kind: str, dtype: str, shape: tuple[int, ...], tensor: str,
+def _virtual(maker: Maker, kind: str, dtype: str, shape: tuple[int, ...], tensor: str,
              sources: list[tuple[str, StoredBox]]) -> None:
     """Map a tensor's boxes. Low-level calls: h5py's VirtualLayout costs five times as much a box."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -42,12 +43,7 @@ def _virtual(hdf5: h5py.File, kind: str, dtype: str, shape: tuple[int, ...], ten
     for file_name, (_, box) in sources:
         if shape:
             space.select_hyperslab(box.offset, (1,) * len(shape), block=box.size)
-        source = h5py.h5s.create_simple(box.size) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
         path = dataset_path(kind, tensor, box)
-        properties.set_virtual(space, file_name.encode(), path.encode(), source)
+        properties.set_virtual(space, file_name.encode(), path.encode(), maker.space(box.size))
     space.select_all()
-    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-    links.set_create_intermediate_group(True)
-    made = h5py.h5d.create(hdf5.id, index_path(kind, tensor).encode(), hdf5_type(dtype), space, properties, links)
-    if dtype == BFLOAT16:
-        h5py.Dataset(made).attrs["dtype"] = BFLOAT16
+    maker.at(index_path(kind, tensor), dtype, space, properties)
