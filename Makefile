@@ -25,7 +25,7 @@ help:  ## this list
 demo: $(DEMO_READY)  ## train a 10M GPT on the Python library's text at tp 2 x pp 2 x dp 2, stop, resume at dp 4, look
 	BIN=$(abspath $(BIN)) bash jobs/demo.sh
 
-test: $(TEST_READY) test-one test-ranks  ## the whole suite: file by file, then on 8 ranks (about 15 minutes, 2 cores)
+test: $(TEST_READY) test-one test-ranks  ## the whole suite: file by file, then on 8 ranks (about 20 minutes, 2 cores)
 
 test-one: $(TEST_READY)  ## the part that needs no ranks, and what starts its own
 	$(BIN)python -m pytest -q --numprocesses 2 --dist loadfile --ignore tests/slurm tests
