@@ -1,9 +1,12 @@
 """What a batch script does before its ranks start, with a Slurm that answers from here."""
 
+import subprocess
+
 import pytest
 
 from hpcpar.submit import ask
 from hpcpar.submit.batch import Batch
+from hpcpar.submit.requeue import follow_up
 
 START = {"job": "7", "restart": 0, "nodes": ["node1", "node2"]}
 STAYS = {"job": "7", "end": 0, "stays": "the job is COMPLETING; not requeued"}
@@ -48,3 +51,22 @@ def test_a_start_that_could_not_say_why_it_ended_is_tried_once_more(tmp_path, mo
     batch = Batch(tmp_path / "run", {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1,3]"})
     batch.start(None)
     assert batch._why_not_again(code, False, "RUNNING", batch.starts.began(), {}) == says
+
+
+def test_a_follow_up_starts_where_the_first_did_at_the_dp_of_its_own_nodes(tmp_path, monkeypatch):
+    shown = "JobId=7 JobState=RUNNING NumNodes=2 Partition=main TimeLimit=01:00:00 WorkDir=/home/me/project"
+    monkeypatch.setattr(ask, "slurm", lambda *words: shown if "job" in words else "")
+    started = []
+
+    def run(command, env, **_):
+        started.append((command, env))
+        return subprocess.CompletedProcess(command, 0, "9\n", "")
+
+    monkeypatch.setattr("hpcpar.submit.requeue.subprocess.run", run)
+    environment = {"SLURM_JOB_ID": "7", "HPCPAR_DP": "2", "HOME": "/home/me", "HPCPAR_PICKLES": str(tmp_path)}
+    batch = Batch(tmp_path / "run", environment)
+    assert follow_up(environment, batch.starts, (), keep_nodes=True) == \
+        "requeue refused; job 9 goes on when this one has ended"
+    (command, environment), = started
+    assert "--chdir=/home/me/project" in command and "--dependency=afterany:7" in command
+    assert environment == {"HOME": "/home/me", "HPCPAR_PICKLES": str(tmp_path), "RUN": str(tmp_path / "run")}
