@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 from hpcpar.checkpoint import load_together, save_set
 from hpcpar.checkpoint.dcp import HDF5Reader, HDF5Writer
 from hpcpar.checkpoint.memory import Memory, forget, open_memory, recall, remember
-from hpcpar.checkpoint.save import InProcess, Saving, Tasks
+from hpcpar.checkpoint.save import save_now
+from hpcpar.checkpoint.tasks import InProcess, Saving, Tasks
 from hpcpar.comm.bootstrap import World, connect, open_process_group
 from hpcpar.config.load import job_from_tables
 from hpcpar.config.resolve import resolve
@@ -153,13 +154,21 @@ def candidates(world: World, layout: Layout, other: Layout) -> dict[str, Candida
             return found
         return load
 
+    tasks = Tasks(Saving(Path(), layout), rank, shards)  # kept from save to save, as the trainer's writer does
+
+    def save_again(folder: Path) -> None:
+        tasks.saving = tasks.saving._replace(checkpoints=folder)
+        save_now(tasks, STEP, world.control, state)
+
     def hpcpar(into: Layout) -> Candidate:
-        return Candidate(lambda folder: save_set(folder, STEP, layout, rank, world.control, shards, state),
-                         lambda folder: load_together(folder / f"step-{STEP:08d}", into, world.control, np.float32))
+        return Candidate(save_again, lambda folder: load_together(folder / f"step-{STEP:08d}", into, world.control,
+                                                                  np.float32))
 
     found = {
         "raw": raw(rank, arrays),
         "hpcpar": hpcpar(layout),
+        "hpcpar, a run's first save": hpcpar(layout)._replace(
+            save=lambda folder: save_set(folder, STEP, layout, rank, world.control, shards, state)),
         "torch.save": Candidate(synced(lambda file: torch.save(tensors, file), f"{rank}.pt"),
                                 lambda folder: torch.load(folder / f"{rank}.pt", weights_only=True)),
         # its tensors are views of the mapped file: cloned, so that they are memory like everybody's

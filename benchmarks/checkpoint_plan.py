@@ -17,7 +17,7 @@ from typing import Any
 
 from hpcpar.checkpoint import Manifest, latest_set, read_manifest, read_state
 from hpcpar.checkpoint.format import MANIFEST, FileEntry, StoredBox, set_name, shard_name
-from hpcpar.checkpoint.index import write_index
+from hpcpar.checkpoint.index import index_image, write_index
 from hpcpar.checkpoint.load import load_shards  # noqa: F401  what it imports is not to be timed
 from hpcpar.config.load import job_from_tables
 from hpcpar.config.resolve import resolve
@@ -75,7 +75,7 @@ def main() -> None:
         def index() -> None:
             path.mkdir(exist_ok=True)
             (path / "model.h5").unlink(missing_ok=True)
-            write_index(path, manifest)
+            write_index(path, index_image(manifest), manifest.step)
 
         rows.append(("rank 0: model.h5, written and synced", seconds(index, 3)))
         index_bytes = (path / "model.h5").stat().st_size

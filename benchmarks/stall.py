@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hpcpar.checkpoint.background import BackgroundSaver
-from hpcpar.checkpoint.save import Saving, save_now
+from hpcpar.checkpoint.save import save_now
+from hpcpar.checkpoint.tasks import Saving, Tasks
 from hpcpar.comm.control import Alone
 from hpcpar.config.load import job_from_tables
 from hpcpar.config.resolve import resolve
@@ -50,6 +51,7 @@ def measure(folder: Path, num_bytes: float, rounds: int) -> tuple[int, list[Stal
     layout = layout_of(num_bytes)
     saver = BackgroundSaver(Saving(folder / "beside", layout, keep=1), Alone(), KINDS)
     live = {kind: [np.full_like(flat, 1.5) for flat in flats] for kind, flats in saver.shards.items()}
+    itself = Tasks(Saving(folder / "itself", layout, keep=1), 0, live)
     plain = {kind: [np.zeros_like(flat) for flat in flats] for kind, flats in live.items()}
     found = []
     for step in range(rounds + 1):
@@ -61,7 +63,7 @@ def measure(folder: Path, num_bytes: float, rounds: int) -> tuple[int, list[Stal
         saver.finish()
         published_s = time.perf_counter() - start
         start = time.perf_counter()
-        size = save_now(Saving(folder / "itself", layout, keep=1), step, 0, Alone(), live, {}).num_bytes
+        size = save_now(itself, step, Alone(), {}).num_bytes
         found.append(Stall(copied_s, stall_s, published_s, time.perf_counter() - start))
     saver.close()
     return size, found[1:]  # the first one warms up

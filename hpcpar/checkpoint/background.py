@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from hpcpar.checkpoint.memory import Memory, remember
-from hpcpar.checkpoint.save import Array, Published, Saving, save_phases
+from hpcpar.checkpoint.save import Published, save_phases
+from hpcpar.checkpoint.tasks import Array, Saving
 from hpcpar.checkpoint.writer import charge, staged
 from hpcpar.comm.control import Control
 from hpcpar.errors import CheckpointError

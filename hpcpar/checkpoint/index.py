@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import h5py
 import numpy as np
+import xxhash
 
 from hpcpar.checkpoint.format import BFLOAT16, INDEX, FileEntry, Manifest, StoredBox, dataset_path, index_path
-from hpcpar.checkpoint.store import Maker, write_small
+from hpcpar.checkpoint.store import Maker, hdf5_image, write_bytes
 
 
-def write_index(folder: Path, manifest: Manifest) -> FileEntry:
-    """Write model.h5 for the shard files that `manifest` lists, and sync it. Raises: OSError.
-
-    Cost: one rank, about 20 microseconds a box and kind; no shard file is opened.
-    """
+def index_image(manifest: Manifest) -> bytes:
+    """Return model.h5 for the shard files that `manifest` lists. Cost: about 20 microseconds a box and kind."""
     boxes: dict[str, list[tuple[str, StoredBox]]] = {name: [] for name in manifest.tensors}
     for file in manifest.files:
         for box in file.boxes:
@@ -28,7 +27,17 @@ def write_index(folder: Path, manifest: Manifest) -> FileEntry:
             for tensor, sources in boxes.items():
                 _virtual(maker, kind, manifest.dtype(kind, tensor), manifest.tensors[tensor], tensor, sources)
 
-    return write_small(folder / INDEX, build)
+    return hdf5_image(build)
+
+
+def write_index(folder: Path, image: bytes, step: int) -> FileEntry:
+    """Write an `index_image` as model.h5 with another step, and sync it: no shard file is opened. Raises: OSError."""
+    memory = io.BytesIO(image)
+    with h5py.File(memory, "r+") as hdf5:
+        hdf5.attrs.modify("step", step)
+    raw = memory.getvalue()
+    write_bytes(folder / INDEX, raw)
+    return FileEntry(INDEX, len(raw), xxhash.xxh3_128_hexdigest(raw))
 
 
 def _virtual(maker: Maker, kind: str, dtype: str, shape: tuple[int, ...], tensor: str,

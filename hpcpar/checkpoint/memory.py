@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from hpcpar.checkpoint.format import MANIFEST, RUN_ID, FileEntry, Manifest, set_name, step_of
 from hpcpar.checkpoint.load import names_needed
 from hpcpar.checkpoint.publish import begin, publish
-from hpcpar.checkpoint.save import Worker, together
+from hpcpar.checkpoint.save import together
+from hpcpar.checkpoint.tasks import Worker
 from hpcpar.checkpoint.verify import find_damage, named_sets, published_sets
 from hpcpar.comm.control import Control
 from hpcpar.errors import CheckpointError, UserError

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpcpar.checkpoint.format import MANIFEST, Manifest
-from hpcpar.checkpoint.index import write_index
+from hpcpar.checkpoint.index import index_image, write_index
 from hpcpar.checkpoint.store import sync_folder, write_bytes
 
 
@@ -43,7 +43,7 @@ def begin(final: Path) -> Path:
 
 def complete(folder: Path, manifest: Manifest) -> None:
     """Add the index and the manifest to a folder of shard files. Raises: OSError."""
-    index = write_index(folder, manifest)
+    index = write_index(folder, index_image(manifest), manifest.step)
     seal(folder, replace(manifest, files=(*manifest.files, index)))
 
 

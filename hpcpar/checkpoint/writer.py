@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcpar.checkpoint.save import Saving, Tasks
+from hpcpar.checkpoint.tasks import Saving, Tasks
 from hpcpar.config.load import job_from_tables, to_toml
 from hpcpar.layout.layout import Layout
 

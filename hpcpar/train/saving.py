@@ -12,8 +12,9 @@ import torch
 
 from hpcpar.checkpoint.background import BackgroundSaver
 from hpcpar.checkpoint.memory import Memory, check_room, forget
-from hpcpar.checkpoint.save import Published, Saving, save_now
+from hpcpar.checkpoint.save import Published, save_now
 from hpcpar.checkpoint.store import hdf5_plugin
+from hpcpar.checkpoint.tasks import Saving, Tasks
 from hpcpar.checkpoint.writer import staged
 from hpcpar.comm.bootstrap import World
 from hpcpar.errors import CheckpointError
@@ -37,8 +38,8 @@ class Saves:
         self._data, self._metrics, self._memory = data, metrics, memory
         self.saved_step = saved_step
         wish = self._job.checkpoint
-        self._saving = Saving(checkpoints, trainee.layout, wish.ranks_per_file, wish.keep, wish.keep_every,
-                              wish.compression)
+        saving = Saving(checkpoints, trainee.layout, wish.ranks_per_file, wish.keep, wish.keep_every, wish.compression)
+        self._tasks = Tasks(saving, world.rank, {})  # of the saves that the ranks do themselves
         if wish.compression != "none":
             hdf5_plugin()  # now, not at the first save
         self._rhythm: Rhythm | None = None
@@ -51,7 +52,7 @@ class Saves:
                      for kind, shards in trainee.optimizer.shards().items()}
             if memory is not None:
                 check_room(memory, world.control, staged(None, trainee.layout, world.rank, kinds)[0])
-            self._background = BackgroundSaver(self._saving, world.control, kinds, memory, self._say)
+            self._background = BackgroundSaver(saving, world.control, kinds, memory, self._say)
         # of the save in hand: its step, when it was due, how long the loop has stood still for it, how long it took
         self._step, self._due_at, self._stall_s, self._save_s = -1, 0.0, 0.0, 0.0
 
@@ -110,10 +111,10 @@ class Saves:
         return self._background is not None and self._background.active
 
     def _save_now(self, progress: Progress) -> Published:
-        shards = {kind: [shard.cpu().numpy() for shard in tensors]
-                  for kind, tensors in self._trainee.optimizer.shards().items()}
-        published = save_now(self._saving, progress.step, self._world.rank, self._world.control, shards,
-                             self._state(progress))
+        self._tasks.shards = {kind: [shard.cpu().numpy() for shard in tensors]
+                              for kind, tensors in self._trainee.optimizer.shards().items()}
+        published = save_now(self._tasks, progress.step, self._world.control, self._state(progress))
+        self._tasks.shards = {}  # from a GPU they are copies
         self._stall_s = time.perf_counter() - self._due_at
         return published
 

@@ -14,7 +14,8 @@ from mpi4py import MPI
 
 from hpcpar.checkpoint import latest_set, load_shards, read_state, verify_together
 from hpcpar.checkpoint.background import BackgroundSaver
-from hpcpar.checkpoint.save import Saving, save_now
+from hpcpar.checkpoint.save import save_now
+from hpcpar.checkpoint.tasks import Saving, Tasks
 from hpcpar.comm.control import OverMPI
 from tests.checkpoint.sets import GPT, assert_equal, make_layout, shards_of
 
@@ -32,12 +33,14 @@ def main() -> None:
         verify_together(found, control)
         assert_equal(load_shards(found, layout, control.rank, "float32", verify=False), times(base, number))
     saving = Saving(folder, layout, keep=2)
+    tasks = Tasks(saving, control.rank, {})
     background = BackgroundSaver(saving, control, dict.fromkeys(base, "float32")) if "async" in sys.argv else None
     while True:
         number += 1
         step, shards, state = number // 2, times(base, number), {"save": number}
         if background is None:
-            save_now(saving, step, control.rank, control, shards, state)
+            tasks.shards = shards
+            save_now(tasks, step, control, state)
         else:
             save_beside(background, control, step, shards, state)
         if control.rank == 0:

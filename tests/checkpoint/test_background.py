@@ -16,8 +16,9 @@ import pytest
 from hpcpar.checkpoint import latest_set, published_sets, read_state, verify_set
 from hpcpar.checkpoint.background import BackgroundSaver
 from hpcpar.checkpoint.format import INDEX
-from hpcpar.checkpoint.save import Published, Saving
+from hpcpar.checkpoint.save import Published
 from hpcpar.checkpoint.store import Dataset, declare, header_in_memory, open_hdf5
+from hpcpar.checkpoint.tasks import Saving
 from hpcpar.comm.control import Alone, Control
 from hpcpar.errors import CheckpointError
 from tests.checkpoint.processes import await_no_writer, writers
@@ -175,7 +176,7 @@ SAVER = """
 import sys
 from pathlib import Path
 from hpcpar.checkpoint.background import BackgroundSaver
-from hpcpar.checkpoint.save import Saving
+from hpcpar.checkpoint.tasks import Saving
 from hpcpar.comm.control import Alone
 from tests.checkpoint.sets import GPT, make_layout, shards_of
 from tests.checkpoint.test_background import FLOATS, fill, step_until_done

@@ -11,7 +11,7 @@ import xxhash
 
 import hpcpar.checkpoint.publish as publish_module
 import hpcpar.checkpoint.read as read_module
-import hpcpar.checkpoint.save as save_module
+import hpcpar.checkpoint.tasks as tasks_module
 from hpcpar.checkpoint import (
     latest_set,
     load_shards,
@@ -108,7 +108,7 @@ def test_the_room_does_not_import_torch() -> None:
 
 
 def test_a_failed_rank_fails_all_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, write = make_layout(GPT, 2, 1, 2), save_module.write_file
+    layout, write = make_layout(GPT, 2, 1, 2), tasks_module.write_file
     good = save(tmp_path, 1, layout)
 
     def full(path: Path, *rest: object) -> object:
@@ -116,13 +116,13 @@ def test_a_failed_rank_fails_all_with_one_message(tmp_path: Path, monkeypatch: p
             raise OSError(28, "No space left on device")
         return write(path, *rest)
 
-    monkeypatch.setattr(save_module, "write_file", full)
+    monkeypatch.setattr(tasks_module, "write_file", full)
     results = try_save(tmp_path, 2, layout)
     assert {str(r) for r in results} == {"cannot save step-00000002: rank 2 (and 1 more ranks): OSError: [Errno 28] No "
                                          "space left on device; older sets are untouched"}
     assert [p.name for p in tmp_path.iterdir()] == [good.name] and verify_set(good)
     monkeypatch.undo()
-    monkeypatch.setattr(save_module, "write_index", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O")))
+    monkeypatch.setattr(tasks_module, "write_index", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O")))
     assert all("rank 0: OSError: [Errno 5]" in str(r) for r in try_save(tmp_path, 2, layout))
     monkeypatch.undo()
     monkeypatch.setattr(publish_module, "write_bytes", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))

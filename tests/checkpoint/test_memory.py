@@ -12,7 +12,7 @@ from hpcpar.checkpoint import load_together, memory, verify_set
 from hpcpar.checkpoint.background import BackgroundSaver
 from hpcpar.checkpoint.format import read_manifest
 from hpcpar.checkpoint.memory import Memory, check_room, disown, forget, open_memory, recall, remember
-from hpcpar.checkpoint.save import InProcess, Saving, Tasks
+from hpcpar.checkpoint.tasks import InProcess, Saving, Tasks
 from hpcpar.checkpoint.verify import rewind
 from hpcpar.comm.control import Alone, Control
 from hpcpar.errors import CheckpointError, UserError
