@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Any
 
 from hpcpar.commands import calibrate, ckpt, data, exchange, health, plan, rehearse, run, submit
 from hpcpar.commands.command import Command, Words
 from hpcpar.config.surroundings import Surroundings, mpi_network
-from hpcpar.errors import HpcparError, UserError
+from hpcpar.errors import HpcparError, UserError, did_you_mean
 
 ROOMS = (plan, calibrate, rehearse, run, ckpt, exchange, submit, health, data)  # the order of the commands in --help
 GROUPS = MappingProxyType({"data": "build a token store, or show one",
@@ -30,16 +33,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Command = args.chosen
         if words and not command.overrides:
             raise UserError(words[0], "is not an option of this command", f"see hpcpar {command.name} --help")
-        return command.function(args, words, surroundings)
+        code = command.function(args, words, surroundings)
+        sys.stdout.flush()
+        return code
     except HpcparError as error:
-        if surroundings.rank == 0:
-            print(f"hpcpar: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # a launcher that ends the others at the first exit would swallow rank 0's line
+        _tell(surroundings.rank, str(error))
         return error.exit_code
     except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         return 0
+    except OSError as error:  # a missing permission, a full disk
+        _leave_stdout()
+        where = f"{error.filename}: " if error.filename else ""
+        _tell(surroundings.rank, f"{where}{error.strerror or error}; {_fix(error)}")
+        return 2 if isinstance(error, _MISTAKES) else 3
+
+
+def _tell(rank: int, text: str) -> None:
+    if rank == 0:
+        print(f"hpcpar: {text}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # a launcher that ends the others at the first exit would swallow rank 0's line
+
+
+_MISTAKES = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+def _fix(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free space there, or choose another place"
+    return "give a path that is there and that you may use" if isinstance(error, _MISTAKES) else "look at that device"
+
+
+def _leave_stdout() -> None:
+    """Let what cannot be written go nowhere: Python would try once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split(argv: Sequence[str]) -> tuple[Words, Words]:
@@ -60,7 +91,16 @@ def _split(argv: Sequence[str]) -> tuple[Words, Words]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError("command line", message, f"see {self.prog} --help")
+        unknown = re.fullmatch(r"unrecognized arguments: (-\S+).*", message)
+        close = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
+        raise UserError("command line", message, close if close.endswith("?") else f"see {self.prog} --help")
+
+    def parse_known_args(self, *args: Any, **settings: Any) -> tuple[Any, list[str]]:
+        """Refuse what a command does not know itself: the door's parser could not say what it does know."""
+        found, rest = super().parse_known_args(*args, **settings)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
+COUNTS = MappingProxyType({"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12})
+
 
 def format_bytes(num_bytes: float) -> str:
     """Format bytes in binary units: 1536 -> '1.5 KiB'."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,10 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     (["train"], ["job", "see hpcpar train --help"]),
     (["generate", "run", "--tokens", "few"], ["--tokens", "'few'"]),
     (["generate", "run", "--layout.tp", "2"], ["--layout.tp", "is not an option of this command"]),
+    (["generate", "run", "--tokens", "-5"], ["--tokens", "'-5' is no number above 0"]),
+    (["parity", "job.toml", "0"], ["steps", "'0' is no number above 0"]),
+    (["plan", "job.toml", "--serach"], ["--serach; did you mean --search?"]),
+    (["plan", "job.toml", "--tokens", "5e9"], ["--tokens: goes with a number of parameters"]),
     (["options", "--all"], ["unrecognized arguments: --all"]),
     (["submit", "job.toml", "--executor", "pbs"], ["--executor", "'pbs'", "'slurm'"]),
 ])
@@ -59,6 +66,8 @@ def test_wrong_jobs(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert refused(capsys, command, "none.toml").startswith("none.toml: cannot read the job file: No such file")
     assert refused(capsys, command, write("[model\n")).startswith("job.toml: is not TOML")
     assert refused(capsys, command, write("[modle]\n")) == "modle: unknown table; did you mean model?"
+    assert refused(capsys, command, write("layers = 2\n")) == "layers: stands in no table; write it under [model]"
+    assert refused(capsys, command, write("every = 2\n")).startswith("every: stands in no table; write it under [che")
     assert refused(capsys, command, write("[model]\nheads = 5\n")).startswith("model.heads: 5 does not divide")
     assert refused(capsys, command, write(""), "--model.layer", "3").startswith("--model.layer: unknown option")
     assert refused(capsys, command, write(""), "--model.layers").startswith("--model.layers: has no value")
@@ -158,3 +167,42 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert all(command in said for command in ("train", "show", "generate", "parity", "submit", "options", "data"))
+
+
+def test_tokens_are_written_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "175e9", "--tokens", "300B"]) == 0
+    said = capsys.readouterr().out
+    assert main(["plan", "175B", "--tokens", "300e9"]) == 0
+    assert capsys.readouterr().out == said
+
+
+def test_a_run_folder_that_cannot_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.txt").write_text("rank stage tensor shard " * 100)
+    assert main(["data", "build", "text.txt", "--out", "store", "--vocab", "300"]) == 0
+    capsys.readouterr()
+    write('[model]\nlayers = 1\nhidden = 8\nheads = 2\nseq = 8\nvocab = 300\n[data]\nstore = "store"\n'
+          '[train]\nglobal_batch = 1\nprecision = "fp32"\n')
+    for place in ("text.txt", "text.txt/x"):
+        said = refused(capsys, "train", "job.toml", "--run", place)
+        assert said.startswith(f"--run: {place} cannot be a run folder: text.txt: ") and "; give a folder of" in said
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="wants setpriv, as root")
+def test_a_missing_permission_is_one_line() -> None:
+    Path("locked/checkpoints").mkdir(parents=True)
+    Path("locked").chmod(0)
+    for words in (["status", "locked"], ["ckpt", "ls", "locked"], ["generate", "locked"]):
+        done = subprocess.run(["setpriv", "--bounding-set", "-dac_override,-dac_read_search", sys.executable, "-m",
+                               "hpcpar.cli", *words], capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2 and done.stdout == "", done
+        assert done.stderr.startswith("hpcpar: locked") and done.stderr.count("\n") == 1
+        assert "Permission denied; give a path" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_what_is_printed() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "hpcpar.cli", "options"], stdout=full, stderr=subprocess.PIPE,
+                              text=True, timeout=100)
+    assert done.returncode == 3
+    assert done.stderr == "hpcpar: No space left on device; free space there, or choose another place\n"

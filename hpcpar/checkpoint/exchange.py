@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -190,7 +191,8 @@ def import_folder(source: Path, run: RunFolder) -> str:
             shutil.copyfile(source / name, run.path / "tokenizer" / name)
     (run.path / "job.toml").write_text(_job_text(source, run, model), encoding="utf-8")
     count = sum(p.numel for p in parameter_table(model))
-    return f"{source} -> {final}: {model.kind} of {count:,} parameters; next: see {run.path / 'job.toml'}"
+    return (f"{source} -> {final}: {model.kind} of {count:,} parameters; "
+            f"next: see {shlex.quote(str(run.path / 'job.toml'))}")
 
 
 def tokenizer_files(path: Path, job: Job) -> list[Path]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import shlex
 from pathlib import Path
 
 from hpcpar.commands.command import Command, Words
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
+from hpcpar.planner.hardware import load_machine
 
 BUSY = 0.5  # relative error of a product, from which on no constants describe what was measured
 
@@ -31,6 +33,12 @@ def _calibrate(args: argparse.Namespace, words: Words, surroundings: Surrounding
         raise UserError("out", f"{path.parent} is no folder", f"mkdir -p {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
         raise UserError("out", f"{path} cannot be written", "give a file in a folder of yours")
+    if path.exists():
+        try:
+            load_machine(str(path))
+        except UserError:
+            raise UserError("out", f"{path} is there, and is no machine TOML", "give another name: it would be "
+                            "overwritten") from None
 
     from hpcpar.comm.bootstrap import close_process_group, connect, open_process_group
     from hpcpar.planner.calibration import fit, worst_product
@@ -54,7 +62,7 @@ def _calibrate(args: argparse.Namespace, words: Words, surroundings: Surrounding
         worst = worst_product(machine, measured)
         print(f"worst of {len(measured.products)} products {worst:.0%} off"
               + (": something else runs here; calibrate again when the machine is quiet" if worst > BUSY else ""))
-        print(f"wrote {path}; next: hpcpar plan JOB --machine.gpu {path}")
+        print(f"wrote {path}; next: hpcpar plan JOB --machine.gpu {shlex.quote(str(path))}")
     close_process_group()
     world.control.barrier()
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from hpcpar.config.load import load_job
 from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import Surroundings
+from hpcpar.units import COUNTS
 
 Words = list[str]  # overrides such as --layout.tp 4
 Argument = tuple[str, dict[str, Any]]  # of argparse: its name and its settings
@@ -25,6 +27,26 @@ class Command(NamedTuple):
     function: Callable[[argparse.Namespace, Words, Surroundings], int]  # returns the exit code; imports inside
     arguments: Sequence[Argument]
     overrides: bool = False  # whether it takes --table.key value
+
+
+def positive(text: str) -> float:
+    """Read a number above 0 from the command line; K, M, B and T are thousands and so on."""
+    factor = COUNTS.get(text[-1:], 1.0)
+    try:
+        number = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def whole(text: str) -> int:
+    """Read a whole number above 0 from the command line."""
+    number = positive(text)
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(number)
 
 
 def job_argument() -> Argument:

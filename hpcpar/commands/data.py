@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hpcpar.commands.command import Command, Words
+from hpcpar.commands.command import Command, Words, whole
 from hpcpar.config.load import describe_options
 from hpcpar.config.surroundings import Surroundings
 
@@ -16,7 +16,7 @@ def commands() -> list[Command]:
         Command("data build", "text, gzip or JSONL files and folders -> a token store", _data_build, [
             ("paths", {"nargs": "+", "metavar": "PATH"}),
             ("--out", {"required": True, "type": Path, "metavar": "STORE", "help": "the store's folder"}),
-            ("--vocab", {"type": int, "help": "train a tokenizer of this size (32768)"}),
+            ("--vocab", {"type": whole, "help": "train a tokenizer of this size (32768)"}),
             ("--tokenizer", {"type": Path, "metavar": "FILE", "help": "use this tokenizer.json instead"}),
         ]),
         Command("data show", "counts, vocabulary, fingerprint, first words", _data_show, [("store", {"type": Path})]),

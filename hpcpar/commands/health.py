@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hpcpar.comm.verdict import Testimony
 
 WATCH_S = 2.0
+# a look reads all steps' lines and asks about every rank's file: at most a twentieth of a login node's core
+_CALM = 20
 
 
 def commands() -> list[Command]:
@@ -64,14 +66,16 @@ def _watch(path: Path) -> None:
 
     with Live(auto_refresh=False) as live:
         while True:
+            start = time.perf_counter()
             status = read_status(path)
+            took_s = time.perf_counter() - start
             table = Table(title=str(path), show_header=False)
             for name, value in rows(status):
                 table.add_row(name, value)
             live.update(table, refresh=True)
             if status.state != "running":
                 return
-            time.sleep(WATCH_S)
+            time.sleep(max(WATCH_S, _CALM * took_s))
 
 
 def _stacks(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:

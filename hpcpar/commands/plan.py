@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+from contextlib import suppress
 from pathlib import Path
 
-from hpcpar.commands.command import Command, Words
+from hpcpar.commands.command import Command, Words, positive, whole
 from hpcpar.config.job import Job
 from hpcpar.config.surroundings import Surroundings
 from hpcpar.errors import UserError
@@ -20,36 +20,19 @@ def commands() -> list[Command]:
         ("--json", {"action": "store_true", "help": "one object on stdout; seconds, bytes, FLOP"}),
         ("--plot", {"type": Path, "metavar": "DIR", "help": "draw timeline, memory and time into DIR"}),
         ("--search", {"action": "store_true", "help": "find the best layouts for the job's GPUs"}),
-        ("--gpus", {"type": _whole, "metavar": "N", "help": "GPUs (default: those of [machine])"}),
+        ("--gpus", {"type": whole, "metavar": "N", "help": "GPUs (default: those of [machine])"}),
         ("--with", {"dest": "second", "metavar": "KIND:N", "help": "share the batch with N GPUs of another kind"}),
         ("--budget", {"metavar": "P|Dd", "help": "find the best model shapes of P parameters, or the largest model "
                                                  "that trains in D days, as in 30d (20 tokens a parameter)"}),
         ("--efficiency", {"type": _share, "metavar": "E", "help": "also the days at this share of the peak"}),
         ("--ladder", {"metavar": "NAME", "help": "a published family of models: gpt3"}),
-        ("--tokens", {"type": _positive, "metavar": "T", "help": "with a number of parameters: FLOPs, GPU-days, "
+        ("--tokens", {"type": positive, "metavar": "T", "help": "with a number of parameters: FLOPs, GPU-days, "
                                                              "money"}),
     ], overrides=True)]
 
 
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return number
-
-
-def _whole(text: str) -> int:
-    number = _positive(text)
-    if number != int(number):
-        raise argparse.ArgumentTypeError(f"{text} is no whole number")
-    return int(number)
-
-
 def _share(text: str) -> float:
-    number = _positive(text)
+    number = positive(text)
     if number > 1:
         raise argparse.ArgumentTypeError(f"{text} is no share of the peak, such as 0.4")
     return number
@@ -57,6 +40,9 @@ def _share(text: str) -> float:
 
 def _plan(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     num_parameters = _number(args.job)
+    if args.tokens and num_parameters is None:
+        raise UserError("--tokens", "goes with a number of parameters", "hpcpar plan 175e9 --tokens 300e9; a job's "
+                        "tokens are train.steps x train.global_batch x model.seq")
     if args.job is not None and not args.ladder and num_parameters is None:
         (_search if args.search or args.budget else _one)(args, words)
     elif args.json or args.plot or args.search or args.budget or args.second:
@@ -70,12 +56,11 @@ def _plan(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
 
 def _number(word: str | None) -> float | None:
     try:
-        number = float(word or "")
-    except ValueError:
-        return None
-    if not 0 < number < math.inf:
-        raise UserError("plan", f"{word} is no number of parameters", "for example 175e9")
-    return number
+        return positive(word or "")
+    except argparse.ArgumentTypeError:
+        with suppress(ValueError):
+            raise UserError("plan", f"{float(word or '')} is no number of parameters", "for example 175e9") from None
+    return None
 
 
 def _sums(args: argparse.Namespace, words: Words, num_parameters: float | None) -> None:
@@ -161,7 +146,7 @@ def _budget(job: Job, num_gpus: int, budget: str) -> str:
     from hpcpar.planner.shapes import describe_frontier, frontier, largest_in
 
     try:
-        amount = _positive(budget.removesuffix("d"))
+        amount = positive(budget.removesuffix("d"))
     except argparse.ArgumentTypeError:
         raise UserError("--budget", f"{budget} is neither a number nor days", "for example 245e9, or 30d") from None
     if budget.endswith("d"):

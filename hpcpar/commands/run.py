@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcpar.commands.command import Command, Words, job_argument, run_argument, run_folder, whole_job
+from hpcpar.commands.command import Command, Words, job_argument, run_argument, run_folder, whole, whole_job
 from hpcpar.config.load import override, to_toml
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import Surroundings
@@ -16,9 +18,10 @@ from hpcpar.errors import UserError
 
 if TYPE_CHECKING:
     from hpcpar.comm.bootstrap import World
+    from hpcpar.config.job import Job
+    from hpcpar.data.sampler import SampleOrder
 
 GO_ON = 75  # stopped cleanly and wants to go on
-
 
 
 def commands() -> list[Command]:
@@ -40,11 +43,11 @@ def commands() -> list[Command]:
         Command("generate", "print text from a run's newest checkpoint", _generate, [
             ("run", {"type": Path, "help": "a run folder"}),
             ("prompt", {"nargs": "?", "default": "", "help": "text to continue"}),
-            ("--tokens", {"type": int, "default": 100, "help": "tokens to add at most (100)"}),
+            ("--tokens", {"type": whole, "default": 100, "help": "tokens to add at most (100)"}),
         ]),
         Command("parity", "compare a job on its layout with one process, in fp64 (or --train.precision fp32)",
                 _parity, [
-            job_argument(), ("steps", {"type": int, "nargs": "?", "default": 20, "help": "steps to compare (20)"}),
+            job_argument(), ("steps", {"type": whole, "nargs": "?", "default": 20, "help": "steps to compare (20)"}),
         ], overrides=True),
     ]
 
@@ -60,19 +63,34 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
     check_space(job, folder)
     check_compiler(job, surroundings.gpus)
 
-    from hpcpar.comm.bootstrap import close_process_group, connect, open_process_group
+    from hpcpar.comm.bootstrap import connect
+    from hpcpar.train.claim import claimed
+    from hpcpar.train.rewind import rewind
+
+    world = connect(surroundings)
+    with ExitStack() as until_the_end:
+        def prepare() -> None:
+            folder.create()
+            until_the_end.enter_context(claimed(folder, world.host))
+            if args.allow_fresh:
+                put_aside(folder)
+                folder.create()
+            if args.rewind_to is not None or args.skip_samples:
+                print(rewind(folder, args.rewind_to, args.skip_samples), flush=True)
+
+        _first(world, prepare)
+        return 0 if _watched(job, world, folder, order, surroundings) else GO_ON
+
+
+def _watched(job: Job, world: World, folder: RunFolder, order: SampleOrder, surroundings: Surroundings) -> bool:
+    """Train with witnesses beside the ranks; return whether the job is done."""
+    from hpcpar.comm.bootstrap import close_process_group, open_process_group
     from hpcpar.comm.watch import Watch
     from hpcpar.layout.layout import Layout
     from hpcpar.train.loop import start_run, train
     from hpcpar.train.shortage import explained
 
-    world = connect(surroundings)
-    if args.allow_fresh and world.rank == 0:
-        put_aside(folder)
-    world.control.barrier()
-    folder.create()
-    if args.rewind_to is not None or args.skip_samples:
-        _rewind(folder, args, world)
+    logging.raiseExceptions = False  # a full disk under the logs is no reason to fill stderr
     logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
                         format="%(asctime)s %(levelname)s %(message)s")
     mesh = Layout(job).mesh
@@ -87,19 +105,19 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
         logging.info("bootstrap: %s", ", ".join(f"{k} {v:.3f} s" for k, v in world.seconds.items()))
         done = train(run, watch.note)
         close_process_group()
-    return 0 if done else GO_ON
+    return done
 
 
-def _rewind(folder: RunFolder, args: argparse.Namespace, world: World) -> None:
-    """Let rank 0 carry out --rewind-to and --skip-samples; a mistake is raised on all ranks."""
-    from hpcpar.train.rewind import rewind
-
+def _first(world: World, prepare: Callable[[], None]) -> None:
+    """Let rank 0 prepare something before the others go on; a mistake is raised on all ranks."""
     mistake = None
     if world.rank == 0:
         try:
-            print(rewind(folder, args.rewind_to, args.skip_samples), flush=True)
+            prepare()
         except UserError as error:
             mistake = (error.where, error.rule, error.fix)
+        except OSError as error:
+            mistake = (str(error.filename), f"{error.strerror}", "give a --run folder of yours")
     mistake = world.control.broadcast(mistake)
     if mistake:
         raise UserError(*mistake)
@@ -151,7 +169,7 @@ def _generate(args: argparse.Namespace, words: Words, surroundings: Surroundings
 
 def _parity(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     job = whole_job(args.job, words, surroundings.num_tasks)
-    if job.train.precision not in ("fp64", "fp32"):
+    if job.train.precision not in ("fp64", "fp32") or not any(word.startswith("--train.precision") for word in words):
         job = override(job, train={"precision": "fp64"})
 
     from hpcpar.train.preflight import open_order

@@ -33,7 +33,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = (), cluster: Path | No
             raise UserError(str(base), "has a base of its own; one level is allowed", "copy its values")
         tables = {**beneath, **{key: _under(beneath.get(key, {}), above) for key, above in tables.items()}}
     if cluster is not None:
-        for name, table in _read(cluster).items():
+        for name, table in _read(cluster, "--cluster: ").items():
             if name not in ("machine", "submit"):
                 raise UserError(str(cluster), f"has {name}, but a cluster profile says where a job runs, not what "
                                 "it is", "keep [machine] and [submit]")
@@ -56,6 +56,10 @@ def _job(tables: dict[str, Any], overrides: Sequence[str]) -> Job:
 def job_from_tables(tables: Mapping[str, Any]) -> Job:
     """Build a Job from nested tables, checking every key and type."""
     hints = typing.get_type_hints(Job)
+    for name in tables.keys() - hints.keys():
+        of = [table for table, section in hints.items() if name in typing.get_type_hints(section)]
+        if of and not isinstance(tables[name], dict):
+            raise UserError(name, "stands in no table", f"write it under [{'] or ['.join(of)}]")
     _known(tables, hints, "")
     return Job(**{name: _section(name, hints[name], table) for name, table in tables.items()})
 
@@ -112,14 +116,15 @@ def describe_options() -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, what: str = "") -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
-        raise UserError(str(path), f"cannot read the job file: {reason}", "give the path of a .toml file") from None
+        raise UserError(f"{what}{path}", f"cannot read {'it' if what else 'the job file'}: {reason}",
+                        "give the path of a .toml file") from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(str(path), f"is not TOML: {error}", "mend that line") from None
+        raise UserError(f"{what}{path}", f"is not TOML: {error}", "mend that line") from None
 
 
 def _under(beneath: Any, above: Any) -> Any:

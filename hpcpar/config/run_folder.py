@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcpar.errors import UserError
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -56,6 +58,11 @@ class RunFolder:
         return self.path / "failure.json"
 
     @property
+    def running(self) -> Path:
+        """Which process is at work here."""
+        return self.path / "RUNNING"
+
+    @property
     def stop(self) -> Path:
         """Created by anyone to make the run save and stop."""
         return self.path / "STOP"
@@ -80,11 +87,15 @@ class RunFolder:
         return self.path / "submit"
 
     def create(self) -> None:
-        """Make the folder, which only its owner may enter, and its parts."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        for folder in (self.logs, self.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder, which only its owner may enter, and its parts. Raises: UserError."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            for folder in (self.logs, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError("--run", f"{self.path} cannot be a run folder: {error.filename}: {error.strerror}",
+                            "give a folder of yours, or one that does not exist yet") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -65,8 +65,9 @@ def search(job: Job, num_gpus: int, machine: Machine | None = None, practice: Pr
 
 
 def _nearest_miss(found: Found) -> str:
-    return "refused: " + "; ".join(f"{why} ({count})" for why, count in found.refused.most_common(3)) \
-        + "; take more GPUs, or ones with more memory"
+    fix = "take more GPUs, or ones with more memory" if any("does not fit" in why for why in found.refused) else \
+        "take another number of GPUs, or another train.global_batch"
+    return "refused: " + "; ".join(f"{why} ({count})" for why, count in found.refused.most_common(3)) + f"; {fix}"
 
 
 def _candidates(job: Job, num_gpus: int, machine: Machine, refused: Counter[str]) -> Iterator[Job]:

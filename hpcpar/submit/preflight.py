@@ -31,6 +31,13 @@ def check(job: Job, folder: RunFolder) -> list[str]:
     return [*_check_partition(job), *(_check_time(job, step_s) if step_s else [])]
 
 
+def missing_stores(job: Job) -> list[str]:
+    """Tell of text that is not there (yet): it may be made while the job waits, and a start says so otherwise."""
+    stores = [job.data.store] if isinstance(job.data.store, str) else [path for path, _ in job.data.store]
+    return [f"data.store: {path} is not there from here; the job will end at once unless it is by then: "
+            "hpcpar data build TEXT... --out STORE" for path in stores if not Path(path).is_dir()]
+
+
 def _foretold(job: Job) -> Plan | None:
     """Return the planner's word on a job; None on CPUs and on a GPU that it does not know."""
     known = job.machine.gpu in known_machines() or Path(job.machine.gpu).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import shutil
 import sys
@@ -23,7 +24,7 @@ from hpcpar.planner.recompute import choose_recompute
 from hpcpar.submit import ask
 from hpcpar.submit.batch import after_srun, before_srun, prologue
 from hpcpar.submit.environment import LAUNCHER_PREFIXES, clean
-from hpcpar.submit.preflight import check
+from hpcpar.submit.preflight import check, missing_stores
 from hpcpar.submit.snapshot import Snapshot, take_snapshot
 from hpcpar.submit.spec import SubmitSpec, resolve_for_nodes, submit_spec
 from hpcpar.submit.stage import Staged, stage
@@ -32,6 +33,9 @@ from hpcpar.submit.sweep import Point, points, until
 from hpcpar.submit.tasks import LocalTask, TrainTask
 
 Executor = Literal["slurm", "local", "debug"]
+# what sbatch --dependency takes
+_ONE = r"(?:after(?:any|burstbuffer|corr|notok|ok)?(?::\d+(?:_(?:\d+|\*))?(?:\+\d+)?)+|singleton)"
+_DEPENDENCY = re.compile(rf"\d+|{_ONE}(?:[,?]{_ONE})*")
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,16 @@ def submit(job_file: Path, overrides: Sequence[str], run: Path, environment: Mut
     if slurm and not request.dry_run and shutil.which("sbatch", path=path) is None:
         raise UserError("sbatch", "is not installed here", "submit on a login node of the cluster, look at the script "
                         "with --dry-run, or run on this machine with --executor local")
+    if request.depend and not _DEPENDENCY.fullmatch(request.depend):
+        raise UserError("--depend", f"{request.depend} names no job", "give a number, or afterok:ID, or what sbatch "
+                        "--dependency takes")
     if not slurm and (request.sweep or request.depend):
         raise UserError("--executor", f"{request.executor} knows no --sweep and no --depend", "leave it out")
     folder = RunFolder(run.absolute())  # absolute, for the ranks may start elsewhere
     if slurm and not request.depend:
         _check_alone(folder, bool(request.sweep))
-    notes = tuple(dict.fromkeys(note for point in found for note in check(point.job, folder))) if slurm else ()
+    notes = tuple(dict.fromkeys(note for point in found for note in (*check(point.job, folder),
+                                                                     *missing_stores(point.job)))) if slurm else ()
     launch = [] if slurm else _mpirun(found[0].job.world_size, path)  # refused before anything is written
     code = _prepare(folder, found, package or Path(hpcpar.__file__).parent)
     with clean(environment, PYTHONPATH=_python_path(code, environment), PYTHONSAFEPATH="1"):

@@ -67,7 +67,8 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
     end = now if state == "running" else max([*(line["time"] for line in journal), *signs], default=now)
     tokens_per_s = median(line["tokens_per_s"] for line in steps[-_RECENT:]) if steps else None
     ranks = starts[-1]["ranks"] if starts else 0
-    sets = sorted(p.name for p in folder.checkpoints.glob("step-*") if (p / "manifest.json").exists())
+    sets = [name for path in folder.checkpoints.glob("step-*") if (path / "manifest.json").exists()
+            if (name := path.name).removeprefix("step-").isdigit()]
     slow = next((line for line in reversed(lines) if "slow_rank" in line), None)
     waits = next((line for line in reversed(lines) if "mean_waits_s" in line), None)
     return RunStatus(
@@ -79,7 +80,7 @@ def read_status(path: Path, now: float | None = None) -> RunStatus:
         mfu=model_flops_utilization(job, tokens_per_s, ranks),
         ranks=ranks,
         left_s=(job.train.steps - step) * step_s if step_s is not None and state == "running" else None,
-        last_set=sets[-1] if sets else "",
+        last_set=max(sets, key=lambda name: int(name.removeprefix("step-")), default=""),
         restarts=max(0, len(starts) - 1),
         skipped=sum("skipped" in line for line in steps),
         goodput=sum(line["step_s"] for line in steps) / max(end - starts[0]["time"], 1e-9) if starts else None,
@@ -114,9 +115,11 @@ def _state(folder: RunFolder, journal: list[dict[str, Any]], quiet_s: float | No
     last = journal[-1]
     if last["event"] != "start":
         return last["event"], ""
-    if quiet_s is not None and quiet_s < limit_s:
+    here = last["host"] == socket.gethostname()
+    alive = here and Path(f"/proc/{last['pid']}").exists()
+    if quiet_s is not None and quiet_s < limit_s and (alive or not here):
         return "running", ""
-    if last["host"] == socket.gethostname() and Path(f"/proc/{last['pid']}").exists():
+    if alive:
         return "running", f"no step for {format_seconds(quiet_s or 0)}"
     return "dead", f"no sign of life for {format_seconds(quiet_s or 0)}, and no word about its end"
 

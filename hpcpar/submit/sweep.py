@@ -12,8 +12,7 @@ from hpcpar.config.load import job_from_tables, override, parse_overrides
 from hpcpar.config.ramp import batch_size, samples_before
 from hpcpar.config.resolve import resolve
 from hpcpar.errors import UserError
-
-SIZES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+from hpcpar.units import COUNTS
 
 
 class Point(NamedTuple):
@@ -45,7 +44,7 @@ def until(job: Job, target: str) -> Job:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", target)
     if match is None or (not match[2] and "." in match[1]):
         raise UserError("--until", f"{target} is neither steps nor tokens", "write 26158 (steps) or 180B (tokens)")
-    steps = int(match[1]) if not match[2] else _steps_for(job, int(float(match[1]) * SIZES[match[2]]))
+    steps = int(match[1]) if not match[2] else _steps_for(job, int(float(match[1]) * COUNTS[match[2]]))
     decay_steps = job.train.steps if job.optim.decay_steps is None else job.optim.decay_steps
     return override(job, train={"steps": steps}, optim={"decay_steps": decay_steps})
 

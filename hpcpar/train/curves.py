@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Curves:
     def __init__(self, folder: Path, step: int):
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._torn = False
         self._file = (folder / name).open("ab")
         self._records = RecordWriter(self._file)
         self._write(step=step, file_version="brain.Event:2")
@@ -35,8 +37,14 @@ class Curves:
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
     def _write(self, **what: Any) -> None:
-        self._records.write(Event(wall_time=time.time(), **what).SerializeToString())
-        self._file.flush()
+        if self._torn:
+            return
+        try:
+            self._records.write(Event(wall_time=time.time(), **what).SerializeToString())
+            self._file.flush()
+        except OSError:  # a full disk; nobody could read past half a record, and metrics.jsonl has it all
+            self._torn = True

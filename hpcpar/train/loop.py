@@ -6,9 +6,11 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -322,13 +324,14 @@ def _write_timeline(run: Run, result: StepResult) -> None:
     if run.world.rank == 0:
         places = [run.trainee.layout.mesh.coordinates(rank)._asdict() for rank in range(run.world.size)]
         rows = [{**place, "events": events} for place, events in zip(places, everyones, strict=True)]
-        run.folder.timeline.write_text(json.dumps({"step": run.progress.step, "ranks": rows}))
+        with suppress(OSError):  # a full disk; the run itself is done and saved
+            run.folder.timeline.write_text(json.dumps({"step": run.progress.step, "ranks": rows}))
 
 
 def _finish(run: Run, done: bool) -> None:
     """Say how it ended and what comes next."""
     memory = run.world.control.all_gather(peak_memory(run.world.device) - run.memory_before)
-    path = run.folder.path
+    path = shlex.quote(str(run.folder.path))
     if run.metrics is not None and run.foretold is not None and run.metrics.recent_s:
         run.say(run.foretold.beside(run.metrics.recent_s, memory))
     run.say(f"done: {run.progress.step} steps; next: hpcpar generate {path}, or hpcpar show {path} --plot" if done else

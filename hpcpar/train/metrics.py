@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -30,6 +32,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _columns() -> int | None:
+    """Return how much fits into a line of the terminal; None where there is none, or behind mpirun."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns - 1
+    except (OSError, ValueError):
+        return None
+
+
 class Metrics:
     """Writes a run's figures; made on rank 0 only."""
 
@@ -37,8 +47,11 @@ class Metrics:
         self._folder, self._job, self._device = run, job, device
         self._live = live or sys.stdout.isatty()
         kept = [line for line in read_lines(run.metrics) if line["step"] <= progress.step]
-        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file: TextIO = run.metrics.open("a", buffering=1)
+        draft = run.metrics.with_name(f".{run.metrics.name}.tmp")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        draft.replace(run.metrics)
+        self._file = run.metrics.open("ab", buffering=0)
+        self._unwritten = bytearray()
         from hpcpar.train.curves import Curves  # here: only rank 0 needs TensorBoard's packages
 
         self._curves = Curves(run.path / "tensorboard", progress.step + 1)
@@ -98,15 +111,35 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
-        print(("\r\x1b[K" if self._live else "") + text, flush=True)
+        self._print(("\r\x1b[K" if self._live else "") + text)
 
     def close(self) -> None:
         """Write what is buffered."""
         self._file.close()
         self._curves.close()
+        try:
+            sys.stdout.flush()
+        except OSError:  # it would be tried again, and fail, when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        """Add a line; what a full disk does not take waits in memory: no reason to lose the run."""
+        held = bool(self._unwritten)
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            while self._unwritten:
+                del self._unwritten[: self._file.write(self._unwritten)]
+        except OSError as error:
+            if not held:
+                self.say(f"{self._folder.metrics}: {error.strerror}; its lines wait in memory, training goes on")
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print(text, end=end, flush=True)
+        except BrokenPipeError:  # head has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:  # a full disk beneath a log; Python keeps the text, and tries again with the next
+            logging.exception("stdout")
 
     def _show(self, progress: Progress, line: dict[str, Any]) -> None:
         steps, now = self._job.train.steps, time.monotonic()
@@ -121,4 +154,6 @@ class Metrics:
                 f"grad {line['grad_norm']:.2f}  {line['tokens_per_s']:,.0f} tokens/s  left {format_seconds(left)}  "
                 f"memory {format_bytes(line['memory_bytes'])}{'  waits ' * bool(waits)}{waits}"
                 f"{'  SKIPPED' if 'skipped' in line else ''}")
-        print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live and not last else "\n", flush=True)
+        if self._live:
+            text = text[:_columns()]  # a line that wraps could not be wiped
+        self._print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live and not last else "\n")

@@ -61,6 +61,35 @@ def test_a_job_of_another_size_is_refused_before_anything_is_written(tmp_path, j
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("depend", ["abc", "afterok", "afterok:", "afterok:12,", "12;rm", "12 13", "begin:12"])
+def test_a_dependency_that_sbatch_would_refuse(tmp_path, job_file, depend):
+    with pytest.raises(UserError, match=r"--depend: .* names no job; give a number"):
+        submit(job_file, [], tmp_path / "run", {}, Request(dry_run=True, depend=depend))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("depend", ["12", "afterok:12:13", "afterany:12_3,afternotok:4_*", "singleton",
+                                    "after:12+5?afterok:9"])
+def test_a_dependency_that_sbatch_takes(tmp_path, job_file, depend):
+    submit(job_file, [], tmp_path / "run", {}, Request(dry_run=True, depend=depend))
+    said = (tmp_path / "run/submit/dry-run.sh").read_text()
+    assert f"dependency={'afterany:12' if depend == '12' else depend}" in said.replace("'", "")
+
+
+def test_a_store_that_is_not_there_is_told(tmp_path, job_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = submit(job_file, ["--data.store", "stores/mine"], tmp_path / "run", {}, Request(dry_run=True))
+    assert any(note.startswith("data.store: stores/mine is not there from here") for note in done.notes)
+    (tmp_path / "stores/mine").mkdir(parents=True)
+    done = submit(job_file, ["--data.store", "stores/mine"], tmp_path / "run", {}, Request(dry_run=True))
+    assert not any("data.store" in note for note in done.notes)
+
+
+def test_a_profile_that_cannot_be_read_is_named_by_its_flag(tmp_path, job_file):
+    with pytest.raises(UserError, match=r"--cluster: none.toml: cannot read it: No such file"):
+        submit(job_file, [], tmp_path / "run", {}, Request(dry_run=True, cluster=Path("none.toml")))
+
+
 @pytest.mark.parametrize("executor", ["local", "debug"])
 def test_local_runs_mpirun_with_the_frozen_code_in_a_clean_environment(tmp_path, python, job_file, source, executor):
     python(SUBMIT.format(overrides=["--layout.dp", "2"], executor=executor, dry=False) + """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,25 @@ def test_silence_without_a_word_is_death_unless_the_process_is_here(folder: RunF
     (folder.watch / "beat-node1").unlink()
     write(folder.journal, started(4000, host=socket.gethostname(), pid=os.getpid()), age_s=4000)
     assert read_status(folder.path, NOW).state == "running"
+
+
+def test_a_process_that_is_not_here_any_more_is_dead_at_once(folder: RunFolder) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    write(folder.journal, started(40, host=socket.gethostname(), pid=gone.pid), age_s=40)
+    write(folder.metrics, *STEPS, age_s=1)
+    assert read_status(folder.path, NOW).state == "dead"
+    write(folder.journal, started(40, host="elsewhere", pid=gone.pid), age_s=40)
+    assert read_status(folder.path, NOW).state == "running"
+
+
+def test_only_published_sets_count(folder: RunFolder) -> None:
+    for name in ("step-00000015", "step-00000020.aside", "step-100000000", ".step-00000030.tmp"):
+        (folder.checkpoints / name).mkdir()
+        (folder.checkpoints / name / "manifest.json").write_text("{}")
+    assert read_status(folder.path, NOW).last_set == "step-100000000"
+    (folder.checkpoints / "step-100000000").rename(folder.checkpoints / "step-100000000.aside")
+    assert read_status(folder.path, NOW).last_set == "step-00000015"
 
 
 def test_a_folder_of_a_job_that_never_ran_and_one_that_is_none(folder: RunFolder) -> None:

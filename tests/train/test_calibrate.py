@@ -56,11 +56,14 @@ def test_training_on_an_unknown_machine_is_not_foretold(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize(("out", "said"), [
     ("machine.txt", "does not end in .toml"), ("nowhere/machine.toml", "mkdir -p"), ("taken.toml", "cannot be written"),
+    ("job.toml", "is there, and is no machine TOML"),
 ])
 def test_a_bad_path_is_refused_before_anything_is_measured(out: str, said: str, tmp_path: Path,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken.toml").mkdir()
+    (tmp_path / "job.toml").write_text("[model]\nlayers = 2\n")
     assert cli.main(["calibrate", str(tmp_path / out)]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+    assert (tmp_path / "job.toml").read_text() == "[model]\nlayers = 2\n"

@@ -1,0 +1,89 @@
+"""One run at a time in a folder: two would replace each other's sets.
+
+The file RUNNING says which process is at work there. It appears whole or not at all, without a lock (locks fail or hang
+on many cluster file systems), and outlives only a run that was killed: then what it names is not alive any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hpcpar.comm.failure import publish_once
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.errors import UserError
+
+LOOK_S = 2.0  # the witnesses of several ranks write as often
+QUIET_S = 6.0  # without a word from a run on another host: it is gone
+LONGEST_S = 60.0  # that the last ranks of a job which is being ended may go on
+
+
+@contextmanager
+def claimed(folder: RunFolder, host: str, look_s: float = LOOK_S) -> Iterator[None]:
+    """Hold a run folder for this process; one process of a run calls. Raises: UserError if another run works there.
+
+    Cost: nothing, or QUIET_S where a run on another host has left the folder without an end.
+    """
+    mine = {"host": host, "pid": os.getpid(), "began": _began(os.getpid())}
+    while not publish_once(folder.running, json.dumps(mine)):
+        refuse_if_running(folder, host, look_s)
+        folder.running.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        if _claim(folder) == mine:
+            folder.running.unlink(missing_ok=True)
+
+
+def refuse_if_running(folder: RunFolder, host: str, look_s: float = LOOK_S) -> None:
+    """Raise UserError if a run is at work in a folder; on another host it shows by what it writes."""
+    other = _claim(folder)
+    if other is None:
+        return
+    here = other["host"] == host
+    if _began(other["pid"]) == other["began"] if here else _writes(folder, look_s):
+        raise UserError(str(folder.path), f"another run is at work in it: process {other['pid']} on {other['host']}",
+                        f"wait for it, let it save and stop (touch {shlex.quote(str(folder.stop))}), or choose another "
+                        "--run folder")
+
+
+def _claim(folder: RunFolder) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        found = json.loads(folder.running.read_text())
+        return found if isinstance(found, dict) and found.keys() == {"host", "pid", "began"} else None
+    return None
+
+
+def _began(pid: int) -> int | None:
+    """Return when a process of this host began, in the kernel's ticks, for numbers come again; None: it has ended."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(rest[18])
+
+
+def _writes(folder: RunFolder, look_s: float) -> bool:
+    """Whether somebody goes on writing in a run folder: a run that is ended falls silent soon."""
+    last, quiet_s, passed_s = _written(folder), 0.0, 0.0
+    while quiet_s < QUIET_S / LOOK_S * look_s:
+        if passed_s >= LONGEST_S / LOOK_S * look_s:
+            return True
+        time.sleep(look_s)
+        now = _written(folder)
+        quiet_s, passed_s, last = 0.0 if now != last else quiet_s + look_s, passed_s + look_s, now
+    return False
+
+
+def _written(folder: RunFolder) -> list[int]:
+    found = []
+    for path in (folder.metrics, *sorted(folder.watch.glob("beat-*"))):
+        with suppress(OSError):
+            found.append(path.stat().st_mtime_ns)
+    return found

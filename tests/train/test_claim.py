@@ -1,0 +1,120 @@
+"""One run at a time in a folder; what a killed run left is no obstacle."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hpcpar import cli
+from hpcpar.checkpoint.verify import published_sets, verify_set
+from hpcpar.config.load import to_toml
+from hpcpar.config.run_folder import RunFolder, read_lines
+from hpcpar.errors import UserError
+from hpcpar.train.claim import claimed, refuse_if_running
+from tests.train.small import make_job, make_store
+
+LOOK_S = 0.02
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    found = RunFolder(tmp_path / "a run")
+    found.create()
+    found.watch.mkdir()
+    return found
+
+
+def claim_of(process: subprocess.Popen[bytes], folder: RunFolder) -> None:
+    """Have a process hold a folder, as far as others can see."""
+    began = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
+    folder.running.write_text(json.dumps({"host": "here", "pid": process.pid, "began": began}))
+
+
+def test_a_folder_is_held_and_given_back(folder: RunFolder) -> None:
+    with claimed(folder, "here"):
+        assert json.loads(folder.running.read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match=rf"another run is at work in it: process {os.getpid()} on here; .*'.*a run/"
+                                            r"STOP'"), claimed(folder, "here"):
+            pass
+        assert folder.running.exists()
+    assert not folder.running.exists()
+    with pytest.raises(ZeroDivisionError), claimed(folder, "here"):
+        raise ZeroDivisionError
+    assert not folder.running.exists()
+
+
+def test_a_process_that_has_ended_holds_nothing(folder: RunFolder) -> None:
+    process = subprocess.Popen(["sleep", "100"])
+    claim_of(process, folder)
+    with pytest.raises(UserError, match="another run"):
+        refuse_if_running(folder, "here")
+    process.kill()
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    refuse_if_running(folder, "here")  # nobody has asked for its exit code yet
+    process.wait()
+    with claimed(folder, "here"):
+        assert json.loads(folder.running.read_text())["pid"] == os.getpid()
+
+
+def test_a_number_that_came_again_holds_nothing(folder: RunFolder) -> None:
+    folder.running.write_text(json.dumps({"host": "here", "pid": os.getpid(), "began": 1}))
+    with claimed(folder, "here"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "torn {", "[]", '{"host": "here"}'])
+def test_a_damaged_claim_holds_nothing(folder: RunFolder, text: str) -> None:
+    folder.running.write_text(text)
+    with claimed(folder, "here"):
+        pass
+
+
+def test_a_run_on_another_host_shows_by_what_it_writes(folder: RunFolder) -> None:
+    folder.running.write_text(json.dumps({"host": "there", "pid": 1, "began": 1}))
+    beat, stop = folder.watch / "beat-there", threading.Event()
+
+    def live() -> None:
+        while not stop.wait(LOOK_S):
+            beat.write_text("{}")
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="process 1 on there"):
+            refuse_if_running(folder, "here", LOOK_S)
+    finally:
+        stop.set()
+        thread.join()
+    with claimed(folder, "here", LOOK_S):  # silent by now
+        assert json.loads(folder.running.read_text())["host"] == "here"
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    job = make_job(make_store(tmp_path), train={"steps": 100000}, data={"validate_every": 0}, checkpoint={"every": 5})
+    (tmp_path / "job.toml").write_text(to_toml(job))
+    run = RunFolder(tmp_path / "run")
+    command = [sys.executable, "-m", "hpcpar.cli", "train", str(tmp_path / "job.toml"), "--run", str(run.path)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while not published_sets(run.checkpoints):
+            assert first.poll() is None
+            time.sleep(0.05)
+        for more in ([], ["--allow-fresh"], ["--rewind-to", "5"]):
+            second = subprocess.run([*command, *more], capture_output=True, text=True, timeout=100)
+            assert second.returncode == 2 and second.stdout == ""
+            assert f"{run.path}: another run is at work in it: process {first.pid} on " in second.stderr
+        run.stop.touch()
+        assert first.wait(60) == 75
+    finally:
+        first.kill()
+    assert not run.running.exists() and [line["event"] for line in read_lines(run.journal)] == ["start", "stopped"]
+    assert all(verify_set(path) for path in published_sets(run.checkpoints))
+    assert cli.main(["train", str(tmp_path / "job.toml"), "--run", str(run.path), "--train.steps", "1"]) == 0
