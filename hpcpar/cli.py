@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except HpcparError as error:
-        _tell(surroundings.rank, str(error))
+        if surroundings.rank == 0:
+            print(f"hpcpar: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # a launcher that ends the others at the first exit would swallow rank 0's line
         return error.exit_code
     except BrokenPipeError:  # the reader (head, less) has seen enough
         _leave_stdout()
@@ -45,15 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a missing permission, a full disk
         _leave_stdout()
         where = f"{error.filename}: " if error.filename else ""
-        _tell(surroundings.rank, f"{where}{error.strerror or error}; {_fix(error)}")
+        who = f"rank {surroundings.rank}: " if surroundings.rank else ""  # it may be this rank's alone
+        print(f"hpcpar: {who}{where}{error.strerror or error}; {_fix(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, _MISTAKES) else 3
-
-
-def _tell(rank: int, text: str) -> None:
-    if rank == 0:
-        print(f"hpcpar: {text}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1)  # a launcher that ends the others at the first exit would swallow rank 0's line
 
 
 _MISTAKES = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -100,11 +101,24 @@ def publish_once(path: Path, text: str) -> bool:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.link(draft, path)
-    except FileExistsError:
-        return False
+        return _linked(draft, path, text)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _linked(draft: Path, path: Path, text: str) -> bool:
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return draft.stat().st_nlink == 2  # NFS repeats a call whose answer was lost: then it is our own
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        try:  # a file system without hard links
+            with path.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
     return True
 
 

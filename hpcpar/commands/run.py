@@ -14,7 +14,7 @@ from hpcpar.commands.command import Command, Words, job_argument, run_argument, 
 from hpcpar.config.load import override, to_toml
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import Surroundings
-from hpcpar.errors import UserError
+from hpcpar.errors import HpcparError, RunError, UserError
 
 if TYPE_CHECKING:
     from hpcpar.comm.bootstrap import World
@@ -78,7 +78,14 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
             if args.rewind_to is not None or args.skip_samples:
                 print(rewind(folder, args.rewind_to, args.skip_samples), flush=True)
 
-        _first(world, prepare)
+        def begin() -> None:
+            folder.create()  # again: asked so, NFS forgets that it knew of no such folder
+            logging.raiseExceptions = False  # a full disk under the logs is no reason to fill stderr
+            logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
+                                format="%(asctime)s %(levelname)s %(message)s")
+
+        _agree(world, lambda: prepare() if world.rank == 0 else None)
+        _agree(world, begin)
         return 0 if _watched(job, world, folder, order, surroundings) else GO_ON
 
 
@@ -90,9 +97,6 @@ def _watched(job: Job, world: World, folder: RunFolder, order: SampleOrder, surr
     from hpcpar.train.loop import start_run, train
     from hpcpar.train.shortage import explained
 
-    logging.raiseExceptions = False  # a full disk under the logs is no reason to fill stderr
-    logging.basicConfig(filename=folder.log(world.rank), level=logging.INFO, force=True,
-                        format="%(asctime)s %(levelname)s %(message)s")
     mesh = Layout(job).mesh
     orphaned = ["-m", "hpcpar.submit.heir", str(folder.path.absolute())]
     with (Watch.start(folder, world.control, world.host, mesh, world.abort, job.health,
@@ -108,19 +112,22 @@ def _watched(job: Job, world: World, folder: RunFolder, order: SampleOrder, surr
     return done
 
 
-def _first(world: World, prepare: Callable[[], None]) -> None:
-    """Let rank 0 prepare something before the others go on; a mistake is raised on all ranks."""
-    mistake = None
-    if world.rank == 0:
-        try:
-            prepare()
-        except UserError as error:
-            mistake = (error.where, error.rule, error.fix)
-        except OSError as error:
-            mistake = (str(error.filename), f"{error.strerror}", "give a --run folder of yours")
-    mistake = world.control.broadcast(mistake)
-    if mistake:
-        raise UserError(*mistake)
+def _agree(world: World, work: Callable[[], None]) -> None:
+    """Have every rank do a part of the start; what any raises is raised on all, for the others would wait for it."""
+    mistake: HpcparError | None = None
+    try:
+        work()
+    except HpcparError as error:
+        mistake = error
+    except OSError as error:
+        mistake = UserError(str(error.filename or "--run"), error.strerror or str(error),
+                            "give a --run folder of yours")
+    except Exception as error:
+        traceback.print_exc()
+        mistake = RunError(f"rank {world.rank}: {type(error).__name__}: {error}")
+    for found in world.control.all_gather(mistake):
+        if found is not None:
+            raise found
 
 
 def _show(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:

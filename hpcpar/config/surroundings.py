@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Surroundings:
             gpus=environment.get("HPCPAR_CPU", "") != "1",
             share_gpus=environment.get("HPCPAR_SHARE_GPUS", "") == "1",
         )
+
+
+def process_table() -> str:
+    """Name the table in which this process has its number: hosts, and containers of one name, have their own."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
 
 
 def mpi_network(environment: Mapping[str, str]) -> dict[str, str]:

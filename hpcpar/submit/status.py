@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from hpcpar.config.job import Job
 from hpcpar.config.load import load_job
 from hpcpar.config.run_folder import RunFolder, read_lines
+from hpcpar.config.surroundings import process_table
 from hpcpar.errors import UserError
 from hpcpar.planner.flops import model_flops
 from hpcpar.planner.hardware import is_cpu, load_machine
@@ -115,7 +115,7 @@ def _state(folder: RunFolder, journal: list[dict[str, Any]], quiet_s: float | No
     last = journal[-1]
     if last["event"] != "start":
         return last["event"], ""
-    here = last["host"] == socket.gethostname()
+    here = last.get("table") == process_table()
     alive = here and Path(f"/proc/{last['pid']}").exists()
     if quiet_s is not None and quiet_s < limit_s and (alive or not here):
         return "running", ""

@@ -17,6 +17,7 @@ from typing import Any
 
 from hpcpar.comm.failure import publish_once
 from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.surroundings import process_table
 from hpcpar.errors import UserError
 
 LOOK_S = 2.0  # the witnesses of several ranks write as often
@@ -28,36 +29,50 @@ LONGEST_S = 60.0  # that the last ranks of a job which is being ended may go on
 def claimed(folder: RunFolder, host: str, look_s: float = LOOK_S) -> Iterator[None]:
     """Hold a run folder for this process; one process of a run calls. Raises: UserError if another run works there.
 
-    Cost: nothing, or QUIET_S where a run on another host has left the folder without an end.
+    Cost: nothing, or QUIET_S where a run of another process table has left the folder without an end.
     """
-    mine = {"host": host, "pid": os.getpid(), "began": _began(os.getpid())}
+    mine = {"host": host, "pid": os.getpid(), "began": _began(os.getpid()), "table": process_table()}
     while not publish_once(folder.running, json.dumps(mine)):
-        refuse_if_running(folder, host, look_s)
-        folder.running.unlink(missing_ok=True)
+        found = _claim(folder.running)
+        refuse_if_running(folder, look_s)
+        _take_away(folder, found)
     try:
         yield
     finally:
-        if _claim(folder) == mine:
-            folder.running.unlink(missing_ok=True)
+        with suppress(OSError):  # one that stays does no harm, and the run has ended as it has
+            if _claim(folder.running) == mine:
+                folder.running.unlink()
 
 
-def refuse_if_running(folder: RunFolder, host: str, look_s: float = LOOK_S) -> None:
-    """Raise UserError if a run is at work in a folder; on another host it shows by what it writes."""
-    other = _claim(folder)
-    if other is None:
+def refuse_if_running(folder: RunFolder, look_s: float = LOOK_S) -> None:
+    """Raise UserError if a run is at work in a folder; of another process table it shows by what it writes."""
+    found = _claim(folder.running)
+    if found is None:
         return
-    here = other["host"] == host
-    if _began(other["pid"]) == other["began"] if here else _writes(folder, look_s):
-        raise UserError(str(folder.path), f"another run is at work in it: process {other['pid']} on {other['host']}",
+    here = found["table"] == process_table()
+    if _began(found["pid"]) == found["began"] if here else _writes(folder, found, look_s):
+        raise UserError(str(folder.path), f"another run is at work in it: process {found['pid']} on {found['host']}",
                         f"wait for it, let it save and stop (touch {shlex.quote(str(folder.stop))}), or choose another "
                         "--run folder")
 
 
-def _claim(folder: RunFolder) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        found = json.loads(folder.running.read_text())
-        return found if isinstance(found, dict) and found.keys() == {"host", "pid", "began"} else None
-    return None
+def _claim(path: Path) -> dict[str, Any] | None:
+    """Return who holds a folder; None where nobody does, as far as one can read. Raises: OSError."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"host", "pid", "began", "table"} else None
+
+
+def _take_away(folder: RunFolder, dead: dict[str, Any] | None) -> None:
+    """Remove what a dead run has left, and nothing else: another start may have done so meanwhile."""
+    aside = folder.running.with_name(f".RUNNING.{os.uname().nodename}.{os.getpid()}.aside")
+    with suppress(FileNotFoundError):
+        folder.running.rename(aside)
+        if _claim(aside) != dead:
+            publish_once(folder.running, aside.read_text())
+        aside.unlink()
 
 
 def _began(pid: int) -> int | None:
@@ -69,13 +84,15 @@ def _began(pid: int) -> int | None:
     return None if state in "ZX" else int(rest[18])
 
 
-def _writes(folder: RunFolder, look_s: float) -> bool:
-    """Whether somebody goes on writing in a run folder: a run that is ended falls silent soon."""
+def _writes(folder: RunFolder, found: dict[str, Any], look_s: float) -> bool:
+    """Whether a run goes on writing in its folder: one that is ended falls silent soon."""
     last, quiet_s, passed_s = _written(folder), 0.0, 0.0
     while quiet_s < QUIET_S / LOOK_S * look_s:
         if passed_s >= LONGEST_S / LOOK_S * look_s:
             return True
         time.sleep(look_s)
+        if _claim(folder.running) != found:
+            return False  # it has ended, or another start has the folder: who asks looks again
         now = _written(folder)
         quiet_s, passed_s, last = 0.0 if now != last else quiet_s + look_s, passed_s + look_s, now
     return False

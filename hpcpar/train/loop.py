@@ -29,6 +29,7 @@ from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
 from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.surroundings import process_table
 from hpcpar.data.ahead import ReadAhead
 from hpcpar.data.sampler import SampleOrder
 from hpcpar.errors import RunError, UserError
@@ -114,7 +115,7 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         folder.config.write_text(to_toml(job))
         metrics = Metrics(folder, job, progress, world.device, live)
         metrics.journal("start", step=progress.step, set=found.name if found else "", ranks=world.size, host=world.host,
-                        pid=os.getpid())
+                        pid=os.getpid(), table=process_table())
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
     saved_step = progress.step if found and found == on_disk else -1
     saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, saved_step, metrics, memory)
@@ -337,5 +338,8 @@ def _finish(run: Run, done: bool) -> None:
     run.say(f"done: {run.progress.step} steps; next: hpcpar generate {path}, or hpcpar show {path} --plot" if done else
             f"stopped cleanly at step {run.progress.step}; the same command goes on from there")
     if run.metrics is not None:
-        run.metrics.journal("done" if done else "stopped", step=run.progress.step)
+        try:
+            run.metrics.journal("done" if done else "stopped", step=run.progress.step)
+        except OSError as error:  # a full disk, but the sets are where they should be
+            run.say(f"{run.folder.journal}: {error.strerror}; it does not say how this start ended")
         run.metrics.close()

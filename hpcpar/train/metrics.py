@@ -114,7 +114,10 @@ class Metrics:
         self._print(("\r\x1b[K" if self._live else "") + text)
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered, or say what is lost."""
+        self._flush()
+        if self._unwritten:
+            self.say(f"{self._folder.metrics}: {self._unwritten.count(10)} lines are lost: the disk is still full")
         self._file.close()
         self._curves.close()
         try:
@@ -126,12 +129,18 @@ class Metrics:
         """Add a line; what a full disk does not take waits in memory: no reason to lose the run."""
         held = bool(self._unwritten)
         self._unwritten += json.dumps(line).encode() + b"\n"
+        failed = self._flush()
+        if failed and not held:
+            self.say(f"{self._folder.metrics}: {failed}; its lines wait in memory, training goes on")
+
+    def _flush(self) -> str:
+        """Write what waits; return why that failed, if it did."""
         try:
             while self._unwritten:
                 del self._unwritten[: self._file.write(self._unwritten)]
         except OSError as error:
-            if not held:
-                self.say(f"{self._folder.metrics}: {error.strerror}; its lines wait in memory, training goes on")
+            return error.strerror or str(error)
+        return ""
 
     def _print(self, text: str, end: str = "\n") -> None:
         try:

@@ -113,8 +113,10 @@ class Saves:
     def _save_now(self, progress: Progress) -> Published:
         self._tasks.shards = {kind: [shard.cpu().numpy() for shard in tensors]
                               for kind, tensors in self._trainee.optimizer.shards().items()}
-        published = save_now(self._tasks, progress.step, self._world.control, self._state(progress))
-        self._tasks.shards = {}  # from a GPU they are copies
+        try:
+            published = save_now(self._tasks, progress.step, self._world.control, self._state(progress))
+        finally:
+            self._tasks.shards = {}  # from a GPU they are copies
         self._stall_s = time.perf_counter() - self._due_at
         return published
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hpcpar.config.job import Job
 from hpcpar.config.load import override, to_toml
 from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder
+from hpcpar.config.surroundings import process_table
 from hpcpar.errors import UserError
 from hpcpar.submit.status import describe, model_flops_utilization, read_status
 
@@ -83,14 +83,14 @@ def test_silence_without_a_word_is_death_unless_the_process_is_here(folder: RunF
     write(folder.watch / "beat-node1", {"count": 3}, age_s=3)
     assert read_status(folder.path, NOW).state == "running"
     (folder.watch / "beat-node1").unlink()
-    write(folder.journal, started(4000, host=socket.gethostname(), pid=os.getpid()), age_s=4000)
+    write(folder.journal, started(4000, table=process_table(), pid=os.getpid()), age_s=4000)
     assert read_status(folder.path, NOW).state == "running"
 
 
 def test_a_process_that_is_not_here_any_more_is_dead_at_once(folder: RunFolder) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
-    write(folder.journal, started(40, host=socket.gethostname(), pid=gone.pid), age_s=40)
+    write(folder.journal, started(40, table=process_table(), pid=gone.pid), age_s=40)
     write(folder.metrics, *STEPS, age_s=1)
     assert read_status(folder.path, NOW).state == "dead"
     write(folder.journal, started(40, host="elsewhere", pid=gone.pid), age_s=40)

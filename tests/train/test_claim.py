@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,11 +17,14 @@ from hpcpar import cli
 from hpcpar.checkpoint.verify import published_sets, verify_set
 from hpcpar.config.load import to_toml
 from hpcpar.config.run_folder import RunFolder, read_lines
+from hpcpar.config.surroundings import process_table
 from hpcpar.errors import UserError
 from hpcpar.train.claim import claimed, refuse_if_running
 from tests.train.small import make_job, make_store
 
 LOOK_S = 0.02
+# of a container with this host's name, say: what its number means, nobody here knows
+THERE = json.dumps({"host": "there", "pid": os.getpid(), "began": 1, "table": "of another boot"})
 
 
 @pytest.fixture
@@ -34,7 +38,8 @@ def folder(tmp_path: Path) -> RunFolder:
 def claim_of(process: subprocess.Popen[bytes], folder: RunFolder) -> None:
     """Have a process hold a folder, as far as others can see."""
     began = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
-    folder.running.write_text(json.dumps({"host": "here", "pid": process.pid, "began": began}))
+    folder.running.write_text(json.dumps({"host": "here", "pid": process.pid, "began": began,
+                                          "table": process_table()}))
 
 
 def test_a_folder_is_held_and_given_back(folder: RunFolder) -> None:
@@ -54,18 +59,18 @@ def test_a_process_that_has_ended_holds_nothing(folder: RunFolder) -> None:
     process = subprocess.Popen(["sleep", "100"])
     claim_of(process, folder)
     with pytest.raises(UserError, match="another run"):
-        refuse_if_running(folder, "here")
+        refuse_if_running(folder)
     process.kill()
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    refuse_if_running(folder, "here")  # nobody has asked for its exit code yet
+    refuse_if_running(folder)  # nobody has asked for its exit code yet
     process.wait()
     with claimed(folder, "here"):
         assert json.loads(folder.running.read_text())["pid"] == os.getpid()
 
 
 def test_a_number_that_came_again_holds_nothing(folder: RunFolder) -> None:
-    folder.running.write_text(json.dumps({"host": "here", "pid": os.getpid(), "began": 1}))
+    folder.running.write_text(json.dumps({"host": "here", "pid": os.getpid(), "began": 1, "table": process_table()}))
     with claimed(folder, "here"):
         pass
 
@@ -78,7 +83,7 @@ def test_a_damaged_claim_holds_nothing(folder: RunFolder, text: str) -> None:
 
 
 def test_a_run_on_another_host_shows_by_what_it_writes(folder: RunFolder) -> None:
-    folder.running.write_text(json.dumps({"host": "there", "pid": 1, "began": 1}))
+    folder.running.write_text(THERE)
     beat, stop = folder.watch / "beat-there", threading.Event()
 
     def live() -> None:
@@ -88,13 +93,95 @@ def test_a_run_on_another_host_shows_by_what_it_writes(folder: RunFolder) -> Non
     thread = threading.Thread(target=live)
     thread.start()
     try:
-        with pytest.raises(UserError, match="process 1 on there"):
-            refuse_if_running(folder, "here", LOOK_S)
+        with pytest.raises(UserError, match=f"process {os.getpid()} on there"):
+            refuse_if_running(folder, LOOK_S)
     finally:
         stop.set()
         thread.join()
     with claimed(folder, "here", LOOK_S):  # silent by now
         assert json.loads(folder.running.read_text())["host"] == "here"
+
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from hpcpar.config.run_folder import RunFolder
+from hpcpar.errors import UserError
+from hpcpar.train.claim import claimed
+sys.stdin.readline()
+time.sleep(float(sys.argv[2]))
+try:
+    with claimed(RunFolder(Path(sys.argv[1])), "here", 0.1):
+        print("held", flush=True)
+        sys.stdin.readline()
+except UserError:
+    print("refused", flush=True)
+"""
+
+
+def test_of_starts_that_wait_for_the_same_dead_run_one_gets_the_folder(folder: RunFolder) -> None:
+    folder.running.write_text(THERE)
+    starters = [subprocess.Popen([sys.executable, "-c", STARTER, str(folder.path), str(0.05 * number)], text=True,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE) for number in range(4)]
+    try:
+        for starter in starters:
+            assert starter.stdin is not None
+            starter.stdin.write("go\n")
+            starter.stdin.flush()
+        said = [starter.stdout.readline().strip() for starter in starters if starter.stdout is not None]
+    finally:
+        for starter in starters:
+            starter.communicate("end\n", timeout=60)
+    assert sorted(said) == ["held", "refused", "refused", "refused"]
+    assert not list(folder.path.glob(".RUNNING*")) and not folder.running.exists()
+
+
+def test_a_run_elsewhere_that_ends_meanwhile_gives_the_folder(folder: RunFolder) -> None:
+    folder.running.write_text(THERE)
+    stop = threading.Event()
+
+    def live() -> None:
+        for _ in range(10):
+            (folder.watch / "beat-there").write_text("{}")
+            time.sleep(LOOK_S)
+        folder.running.unlink()
+        while not stop.wait(LOOK_S / 4):  # the witness of the run that comes next
+            (folder.watch / "beat-there").write_text("{}")
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with claimed(folder, "here", LOOK_S):
+            assert json.loads(folder.running.read_text())["host"] == "here"
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_claim_that_cannot_be_read_is_not_taken_away(folder: RunFolder) -> None:
+    folder.running.mkdir()
+    with pytest.raises(IsADirectoryError), claimed(folder, "here"):
+        pass
+
+
+def test_file_systems_without_hard_links_and_nfs_that_repeats_them(folder: RunFolder,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def repeat(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    for broken in (refuse, repeat):
+        monkeypatch.setattr(os, "link", broken)
+        with claimed(folder, "here"):
+            with pytest.raises(UserError, match="another run"), claimed(folder, "here"):
+                pass
+            assert json.loads(folder.running.read_text())["pid"] == os.getpid()
+        assert not folder.running.exists()
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:

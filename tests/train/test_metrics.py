@@ -17,6 +17,7 @@ import pytest
 from hpcpar.config.load import to_toml
 from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.submit.status import read_status
+from hpcpar.train.state import Progress
 from tests.train.small import make_job, make_store
 from tests.train.test_saving import figures, run_of, train
 
@@ -54,6 +55,48 @@ def test_lines_that_a_full_disk_does_not_take_are_not_lost(place: Path, capsys: 
     assert [line["step"] for line in read_lines(folder.metrics) if "loss" in line] == list(range(1, 11))
     said = [line for line in capsys.readouterr().out.splitlines() if "wait in memory" in line]
     assert said == [f"{folder.metrics}: File too large; its lines wait in memory, training goes on"]
+
+
+@pytest.mark.parametrize("room_at_last", [True, False])
+def test_the_end_writes_what_still_waits_or_says_what_is_lost(place: Path, capsys: pytest.CaptureFixture[str],
+                                                              room_at_last: bool) -> None:
+    job = make_job(place / "store", train={"steps": 4}, data={"validate_every": 0}, checkpoint={"every": 0})
+    folder = RunFolder(place / f"end-{room_at_last}")
+    folder.create()
+    run, _ = run_of(job, folder)
+    unlimited = resource.RLIM_INFINITY
+
+    def note(step: int = 0, phase: str = "") -> None:
+        if step == 2:
+            resource.prlimit(os.getpid(), resource.RLIMIT_FSIZE, (folder.metrics.stat().st_size, unlimited))
+
+    def lift(progress: Progress) -> None:  # in place of the last save, which would write a line
+        if room_at_last:
+            resource.prlimit(os.getpid(), resource.RLIMIT_FSIZE, (unlimited, unlimited))
+
+    run.saves.last = lift  # type: ignore[method-assign]
+    try:
+        assert train(run, note)
+    finally:
+        resource.prlimit(os.getpid(), resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    lost = f"{folder.metrics}: 4 lines are lost: the disk is still full"
+    assert (lost in capsys.readouterr().out) == (not room_at_last)
+    assert sorted(figures(folder, "loss")) == ([1, 2, 3, 4] if room_at_last else [1])
+
+
+def test_a_journal_that_cannot_be_written_at_the_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_job(place / "store", train={"steps": 2}, data={"validate_every": 0})
+    folder = RunFolder(place / "journal")
+    folder.create()
+    run, _ = run_of(job, folder)
+
+    def note(step: int = 0, phase: str = "") -> None:
+        if phase == "finish":
+            folder.journal.unlink()
+            folder.journal.mkdir()
+
+    assert train(run, note)
+    assert f"{folder.journal}: Is a directory; it does not say how this start ended" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

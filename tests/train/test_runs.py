@@ -112,6 +112,17 @@ def test_bad_input_under_mpirun_is_one_line(place):
     assert "Traceback" not in done.stderr and not (place / "y").exists()
 
 
+def test_what_one_rank_cannot_do_at_the_start_ends_all(place):
+    (place / "taken/logs/rank-00001.log").mkdir(parents=True)
+    done = hpcpar("train", place / "job.toml", "--run", place / "taken", ranks=2)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "rank-00001.log: Is a directory; give a --run folder of yours" in done.stderr
+    (place / "torn").mkdir()
+    (place / "torn/rewinds.jsonl").mkdir()
+    done = hpcpar("train", place / "job.toml", "--run", place / "torn", "--skip-samples", "0:1", ranks=2)
+    assert done.returncode == 2 and "rewinds.jsonl" in done.stderr and not (place / "torn/RUNNING").exists()
+
+
 def test_tasks_that_mpi_does_not_see_end_with_a_hint(place):
     """srun without the right --mpi: each of 4 tasks would train alone."""
     environment = {**os.environ, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
