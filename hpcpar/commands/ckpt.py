@@ -121,7 +121,9 @@ def _diff(args: argparse.Namespace, words: Words, surroundings: Surroundings) ->
 def _rewind(args: argparse.Namespace, words: Words, surroundings: Surroundings) -> int:
     from hpcpar.checkpoint.verify import named_sets, rewind
     from hpcpar.errors import did_you_mean
+    from hpcpar.train.claim import refuse_if_running
 
+    refuse_if_running(RunFolder(args.run))  # it would go on from where it is, and save over what is put back
     checkpoints = _checkpoints(args.run)
     by_name = {path.name: path for path in named_sets(checkpoints)}
     if args.set not in by_name:

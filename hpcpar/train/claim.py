@@ -35,7 +35,8 @@ def claimed(folder: RunFolder, host: str, look_s: float = LOOK_S) -> Iterator[No
     while not publish_once(folder.running, json.dumps(mine)):
         found = _claim(folder.running)
         refuse_if_running(folder, look_s)
-        _take_away(folder, found)
+        if _claim(folder.running) == found:
+            _take_away(folder, found)
     try:
         yield
     finally:
@@ -66,7 +67,7 @@ def _claim(path: Path) -> dict[str, Any] | None:
 
 
 def _take_away(folder: RunFolder, dead: dict[str, Any] | None) -> None:
-    """Remove what a dead run has left, and nothing else: another start may have done so meanwhile."""
+    """Remove what a dead run has left, and nothing else: another start may have done so in this very moment."""
     aside = folder.running.with_name(f".RUNNING.{os.uname().nodename}.{os.getpid()}.aside")
     with suppress(FileNotFoundError):
         folder.running.rename(aside)

@@ -198,6 +198,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
             second = subprocess.run([*command, *more], capture_output=True, text=True, timeout=100)
             assert second.returncode == 2 and second.stdout == ""
             assert f"{run.path}: another run is at work in it: process {first.pid} on " in second.stderr
+        assert cli.main(["ckpt", "rewind", str(run.path), "step-00000005"]) == 2
         run.stop.touch()
         assert first.wait(60) == 75
     finally:
