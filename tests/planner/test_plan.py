@@ -83,9 +83,9 @@ def test_pictures_and_a_page(job_file: Path, tmp_path: Path) -> None:
     (["--layout.tp", "3"], "layout.tp: 3 must divide"), (["--layout.pp", "77"], "layout.pp"),
     (["--machine.gpu", "a100"], "machine.gpu"), (["--train.global_batch", "3361"], "train.global_batch"),
     (["--layout.ep", "2"], "no experts"), (["--layout.cp", "3"], "layout.cp"), (["--ladder", "gpt4"], "--ladder"),
-    (["--gpus", "-3"], "--gpus: -3 is no number above 0"), (["--gpus", "2.5"], "no whole number"),
+    (["--gpus", "-3"], "--gpus: '-3' is no number above 0"), (["--gpus", "2.5"], "no whole number"),
     (["--search", "--gpus", "0"], "--gpus"), (["--efficiency", "3"], "no share of the peak"),
-    (["--tokens", "many"], "--tokens: many is no number"), (["--budget=-4d"], "neither a number nor days"),
+    (["--tokens", "many"], "--tokens: 'many' is no number"), (["--budget=-4d"], "neither a number nor days"),
     (["--plot", "/proc/nowhere"], "cannot be a folder"),
 ])
 def test_a_refused_job_is_one_line_and_exit_2(job_file: Path, words: list[str], said: str,
