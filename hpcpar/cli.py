@@ -14,7 +14,7 @@ from typing import Any
 
 from hpcpar.commands import calibrate, ckpt, data, exchange, health, plan, rehearse, run, submit
 from hpcpar.commands.command import Command, Words
-from hpcpar.config.surroundings import Surroundings, mpi_network
+from hpcpar.config.surroundings import Surroundings, leave_stdout, mpi_network
 from hpcpar.errors import HpcparError, UserError, did_you_mean
 
 ROOMS = (plan, calibrate, rehearse, run, ckpt, exchange, submit, health, data)  # the order of the commands in --help
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(1)  # a launcher that ends the others at the first exit would swallow rank 0's line
         return error.exit_code
     except BrokenPipeError:  # the reader (head, less) has seen enough
-        _leave_stdout()
+        leave_stdout()
         return 0
     except OSError as error:  # a missing permission, a full disk
-        _leave_stdout()
+        leave_stdout()
         where = f"{error.filename}: " if error.filename else ""
         who = f"rank {surroundings.rank}: " if surroundings.rank else ""  # it may be this rank's alone
         print(f"hpcpar: {who}{where}{error.strerror or error}; {_fix(error)}", file=sys.stderr, flush=True)
@@ -60,14 +60,6 @@ def _fix(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free space there, or choose another place"
     return "give a path that is there and that you may use" if isinstance(error, _MISTAKES) else "look at that device"
-
-
-def _leave_stdout() -> None:
-    """Let what cannot be written go nowhere: Python would try once more when it ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split(argv: Sequence[str]) -> tuple[Words, Words]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -50,6 +52,14 @@ class Surroundings:
 def process_table() -> str:
     """Name the table in which this process has its number: hosts, and containers of one name, have their own."""
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def leave_stdout() -> None:
+    """Let what stdout does not take (a reader that has gone, a full disk) go nowhere: Python's end would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def mpi_network(environment: Mapping[str, str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcpar.comm.failure import publish_once
+from hpcpar.comm.inquiry import process_fields
 from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import process_table
 from hpcpar.errors import UserError
@@ -78,11 +79,8 @@ def _take_away(folder: RunFolder, dead: dict[str, Any] | None) -> None:
 
 def _began(pid: int) -> int | None:
     """Return when a process of this host began, in the kernel's ticks, for numbers come again; None: it has ended."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else int(rest[18])
+    fields = process_fields(pid)
+    return int(fields[19]) if fields and fields[0] not in "ZX" else None
 
 
 def _writes(folder: RunFolder, found: dict[str, Any], look_s: float) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from hpcpar.config.job import Job
 from hpcpar.config.run_folder import RunFolder, read_lines
+from hpcpar.config.surroundings import leave_stdout
 from hpcpar.train.state import Progress
 from hpcpar.train.step import StepResult
 from hpcpar.train.waits import shares
@@ -120,10 +121,7 @@ class Metrics:
             self.say(f"{self._folder.metrics}: {self._unwritten.count(10)} lines are lost: the disk is still full")
         self._file.close()
         self._curves.close()
-        try:
-            sys.stdout.flush()
-        except OSError:  # it would be tried again, and fail, when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_stdout()
 
     def _write(self, line: dict[str, Any]) -> None:
         """Add a line; what a full disk does not take waits in memory: no reason to lose the run."""
@@ -146,7 +144,7 @@ class Metrics:
         try:
             print(text, end=end, flush=True)
         except BrokenPipeError:  # head has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave_stdout()
         except OSError:  # a full disk beneath a log; Python keeps the text, and tries again with the next
             logging.exception("stdout")
 
