@@ -84,9 +84,9 @@ def test_limit_ends_the_inputs(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "x"}\n\n{oops\n', r"a.jsonl line 3: is not JSON"),
         ("b.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', r'b.jsonl line 2: has no "text" that is a string; a line of'),
-        ("c.jsonl.gz", gzip.compress(b'["x"]'), r'c.jsonl.gz line 1: has no "text"'),
+        ("c.jsonl.gz", gzip.compress(b'["x"]', mtime=0), r'c.jsonl.gz line 1: has no "text"'),
         ("d.txt.gz", b"plain", r"d.txt.gz: cannot be read \(Not a gzipped file.*; repair it or leave it out"),
-        ("e.txt.gz", gzip.compress(b"x" * 5000)[:-9], r"e.txt.gz: cannot be read \(.*ended"),
+        ("e.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-9], r"e.txt.gz: cannot be read \(.*ended"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
