@@ -11,6 +11,8 @@ Source: Shoeybi et al. 2019, arXiv 1909.08053 (f and g); Korthikanti et al. 2022
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,6 +60,17 @@ def zeros_of(group: Group | None, numel: int, dtype: torch.dtype, device: torch.
     return torch.zeros(numel, dtype=dtype, device=device) if found is None else found
 
 
+def lent(shape: Sequence[int], like: Tensor, group: Group, common: bool = False) -> Tensor | None:
+    """Return memory that the group shares, with whatever lies there, or None where its backend lends none.
+
+    A reduce-scatter reads it where it is; with `common`, an all-gather of each one's part moves nothing. It goes back
+    by itself. All ranks of the group must call, in the same order as their collectives.
+    """
+    lend = getattr(group, "lend", None)
+    found: Tensor | None = lend(math.prod(shape), like.dtype, common) if lend and like.device.type == "cpu" else None
+    return None if found is None else found.view(*shape)
+
+
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Return the sum of x over the group, in a new tensor. Cost: 2 (n-1)/n of its bytes a rank."""
     total = x.clone(memory_format=torch.contiguous_format)
@@ -70,8 +83,15 @@ def all_gather_sequence(x: Tensor, group: Group) -> Tensor:
 
     Cost: (n-1)/n of the result's bytes.
     """
-    gathered = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-    gather_flat(gathered, x.contiguous(), group)
+    shape = (dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+    gathered = lent(shape, x, group, common=True)
+    if gathered is None:
+        gathered = x.new_empty(shape)
+        gather_flat(gathered, x.contiguous(), group)
+    else:
+        rank = dist.get_rank(group)
+        own = gathered[rank * x.shape[0]:(rank + 1) * x.shape[0]]
+        gather_flat(gathered, own.copy_(x), group)
     return gathered
 
 

@@ -318,6 +318,16 @@ class MPIProcessGroup(dist.ProcessGroup):
         found = None if self._host is None else self._host.allocate(numel * dtype.itemsize, common)
         return None if found is None else found.view(dtype)
 
+    def lend(self, numel: int, dtype: torch.dtype, common: bool = False) -> Tensor | None:
+        """Return what `shared` does, with whatever lies there, lent until no tensor lies in it on any rank.
+
+        All ranks must call, in the same order as their collectives.
+        """
+        for work in [work for work in self._in_flight if work.is_collective]:
+            work.wait()
+        found = None if self._host is None else self._host.lend(numel * dtype.itemsize, common)
+        return None if found is None else found.view(dtype)
+
     def getBackendName(self) -> str:
         return self._backend_name
 

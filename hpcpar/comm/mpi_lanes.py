@@ -1,12 +1,14 @@
 """Turns of ranks on one host in memory that all of them have mapped: part of `mpi_backend`.
 
-    lane of a rank   | arrived | taken | meanings | slot 0 | slot 1 |   lane after lane in a file that has lost its name
+    lane of a rank   | arrived | taken | meanings | words | slot 0 | slot 1 |   lane after lane in a nameless file
 
     turn n of a rank     put its bytes into slot n % 2 of its lane (once all have taken turn n - 2);  arrived = n
                          once all have arrived at n: copy or sum out of the others' slots;            taken = n
 
 A turn that does not mean the same to all ranks (one skipped a collective) never ends: better a hang, which is found and
 explained, than wrong numbers.
+
+With its arrival a rank may leave a word: `agreed` is what the words of all, as of one turn, have in common.
 
 MPI needs log(size) to size rounds for a collective, and a copy in each; with more ranks than cores every round waits
 for the scheduler. Here it is one round.
@@ -17,11 +19,13 @@ Memory order: the counters are plain 8-byte words; `Lanes._fence` keeps data and
 from __future__ import annotations
 
 import mmap
+import operator
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from mpi4py import MPI
@@ -29,7 +33,7 @@ from torch import Tensor
 
 from .mpi_memory import map_together
 
-_HEAD_BYTES, _LINE = 192, 8  # a cache line for each counter and for the meanings; words in a line
+_HEAD_BYTES, _LINE = 256, 8  # a cache line for each counter, for the meanings and the words; words in a line
 
 
 @dataclass
@@ -59,7 +63,10 @@ class Lanes:
         words = memoryview(memory).cast("q")
         self._arrived, self._taken = words[0::lane // 8], words[_LINE::lane // 8]
         self._meanings = [words[2 * _LINE + n::lane // 8] for n in range(_LINE)]  # of turns n, n + 8, ...
-        self._num_begun = self._num_arrived = self._num_taken = 0
+        self._words = [words[3 * _LINE + n::lane // 8] for n in range(_LINE)]
+        self.word: Callable[[], int] = int  # what this rank leaves with its next arrival
+        self.agreed = 0  # the bits that all ranks' words of the last turn taken have
+        self._num_begun = self._num_arrived = self.num_taken = 0
         self._waiting: deque[Turn] = deque()  # not yet taken, the oldest first
         self._held: set[int] = set()  # numbers of turns that are over when all have taken
         self._lock = threading.Lock()
@@ -86,7 +93,7 @@ class Lanes:
             pass
 
     def _arrive(self) -> bool:
-        index = self._num_arrived - self._num_taken
+        index = self._num_arrived - self.num_taken
         if index == len(self._waiting):
             return False
         turn, number = self._waiting[index], self._num_arrived + 1
@@ -96,6 +103,7 @@ class Lanes:
             return False
         self._fence()
         self._meanings[number % _LINE][self._rank] = turn.meaning
+        self._words[number % _LINE][self._rank] = self.word()
         if turn.put is not None:
             turn.put(self._slots[number % 2][self._rank])
         self._fence()
@@ -105,22 +113,23 @@ class Lanes:
         return True
 
     def _take(self) -> bool:
-        number = self._num_taken + 1
+        number = self.num_taken + 1
         if number > self._num_arrived or min(self._arrived.tolist()) < number:
             return False
         self._fence()
         if len(set(self._meanings[number % _LINE].tolist())) > 1:
             return False
+        self.agreed = reduce(operator.and_, self._words[number % _LINE].tolist())
         self._waiting.popleft().take(self._slots[number % 2])
         self._fence()
-        self._num_taken = self._taken[self._rank] = number
+        self.num_taken = self._taken[self._rank] = number
         if min(self._taken.tolist()) >= number:
             self._ring()
         return True
 
     def is_over(self, number: int) -> bool:
         """Return whether a turn is taken here and, if others read the caller's memory in it, by all."""
-        if self._num_taken < number:
+        if self.num_taken < number:
             return False
         if number in self._held:
             if min(self._taken.tolist()) < number:

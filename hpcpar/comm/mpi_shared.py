@@ -20,6 +20,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from .mpi_blocks import Blocks
 from .mpi_lanes import Lanes, Ticket, Turn, open_lanes
 from .mpi_memory import map_together
 
@@ -40,6 +41,8 @@ class Region:
     start: int
     ranks: list[Tensor]
     common: bool  # there is one memory for all, not one for each
+    lent: bool  # it is written again only when all have let go of what was there
+    number: int  # the same on all ranks
 
     def holds(self, tensor: Tensor) -> bool:
         """Return whether a contiguous tensor lies in this rank's part."""
@@ -63,7 +66,8 @@ class OneHost:
         self._comm, self._rank, self._size, self._all_lanes = comm, comm.rank, comm.size, all_lanes
         self._ring = ring
         self._lanes: dict[bool, Lanes | None] = {}
-        self._regions: list[Region] = []
+        self._regions: dict[int, Region] = {}  # by where they begin
+        self._blocks: Blocks | None = None
 
     def _for(self, num_bytes: int) -> Lanes | None:
         """Return the lanes for messages of this many bytes a rank."""
@@ -83,6 +87,7 @@ class OneHost:
                 self._all_lanes.remove(lanes)
         self._lanes.clear()
         self._regions.clear()
+        self._blocks = None
 
     def barrier(self) -> Ticket | None:
         """Let nobody go on before all have come."""
@@ -108,11 +113,12 @@ class OneHost:
         rows = out.view(self._size, -1)
         in_place = rows[self._rank].data_ptr() == piece.data_ptr()
         region = self._region(out)
-        if region is not None and region.common and in_place:
-            return self.barrier()  # what each wrote is there for all
-        lanes = self._for(piece.nbytes)
+        is_there = region is not None and region.common and in_place
+        lanes = self._for(0 if is_there else piece.nbytes)
         if lanes is None:
             return None
+        if region is not None and is_there:  # what each wrote is there for all
+            return lanes.begin(f"all_gather {piece.nbytes} in {region.number}", [Turn(None, _nothing)])
 
         def take(slots: list[Tensor], low: int, high: int) -> None:
             for rank, slot in enumerate(slots):
@@ -133,7 +139,8 @@ class OneHost:
         meaning = f"reduce_scatter {op.op} {whole.nbytes}"
         if region is not None:
             own = [each[self._rank * num:(self._rank + 1) * num] for each in region.views(whole)]
-            return lanes.begin(meaning, [Turn(None, lambda slots: _reduce(out, own, op), held=True)])
+            turn = Turn(None, lambda slots: _reduce(out, own, op), held=not region.lent)
+            return lanes.begin(f"{meaning} in {region.number}", [turn])
         rows = whole.view(self._size, num)
 
         def put(slot: Tensor, low: int, high: int) -> None:
@@ -173,7 +180,7 @@ class OneHost:
 
         return [Turn(partial(_put, piece), reduce), Turn(partial(_put, parts[self._rank]), gather, chained=True)]
 
-    def allocate(self, num_bytes: int, common: bool) -> Tensor | None:
+    def allocate(self, num_bytes: int, common: bool, lent: bool = False) -> Tensor | None:
         """Return zeroed bytes that reductions and gathers work on in place; all ranks call.
 
         `common`: all ranks get the same memory, and keep apart by collectives who writes where and when.
@@ -182,14 +189,29 @@ class OneHost:
         memory = map_together(self._comm, lane * (1 if common else self._size)) if num_bytes else None
         if memory is None:
             return None
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        ranks = [whole[(0 if common else rank) * lane:][:num_bytes] for rank in range(self._size)]
+        whole = torch.frombuffer(memory, dtype=torch.uint8).numpy()
+        ranks = [torch.from_numpy(whole[(0 if common else rank) * lane:][:num_bytes]) for rank in range(self._size)]
         own = ranks[self._rank]
-        self._regions.append(Region(own.data_ptr(), ranks, common))
+        self._regions[own.data_ptr()] = Region(own.data_ptr(), ranks, common, lent, len(self._regions))
         return own
 
+    def lend(self, num_bytes: int, common: bool) -> Tensor | None:
+        """Return bytes as `allocate` does, but with whatever lies there, for as long as a tensor lies in them.
+
+        Reductions of them leave the caller's part to the others until it lets go of it. All ranks call in one order,
+        with no collective under way.
+        """
+        lanes = self._for(0)
+        if lanes is None or not num_bytes:
+            return None
+        if self._blocks is None:
+            self._blocks = Blocks(partial(self.allocate, lent=True))
+            lanes.word = self._blocks.free
+        return self._blocks.lend(num_bytes, common, lanes)
+
     def _region(self, tensor: Tensor) -> Region | None:
-        return next((region for region in self._regions if region.holds(tensor)), None)
+        region = self._regions.get(tensor.untyped_storage().data_ptr())
+        return region if region is not None and region.holds(tensor) else None
 
 
 def _nothing(slots: list[Tensor]) -> None:

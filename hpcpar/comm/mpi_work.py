@@ -103,6 +103,11 @@ class MPIWork(dist.Work):
         self._status = MPI.Status()
         in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether the whole group takes part."""
+        return self._peer < 0
+
     def is_completed(self) -> bool:
         """Return whether the operation is complete, finishing it if it just became so."""
         if not self._requests:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcpar.config.job import Model, required
-from hpcpar.nn.linear import Linear
+from hpcpar.nn.linear import Linear, Products, project
 
 Exchange = Callable[[Tensor], Tensor]
 
@@ -61,6 +61,7 @@ class Attention(nn.Module):
         self.k = Linear(model.hidden, kv_width, bias=biased)
         self.v = Linear(model.hidden, kv_width, bias=biased)
         self.out = Linear(model.hidden, model.hidden, bias=biased)
+        self.project: Products = project
         self.enter: Exchange = identity
         self.leave: Exchange = identity
         self.to_heads: Callable[[Tensor, int], Tensor] = to_heads
@@ -74,7 +75,7 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         """Map the tokens that `enter` gave, [..., hidden], to this rank's partial output of the same shape."""
-        q, k, v = (self.to_heads(matrix(x), self.head_dim) for matrix in (self.q, self.k, self.v))
+        q, k, v = (self.to_heads(y, self.head_dim) for y in self.project(x, self.q, self.k, self.v))
         if self.qk_norm:  # without weights, so that nothing is added to a checkpoint; rotation keeps the length
             q, k = (F.rms_norm(each, (self.head_dim,), eps=1e-5) for each in (q, k))
         if rotary is not None:

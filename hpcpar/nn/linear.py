@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x [..., in], weight [out, in], bias) -> [..., out]
+Products = Callable[..., tuple[Tensor, ...]]  # (x [..., in], matrices) -> each one's [..., out]
 Rows = Callable[[Tensor, Tensor], Tensor]  # (numbers [...], weight [rows, width]) -> [..., width]
 
 
@@ -23,6 +24,11 @@ class Linear(nn.Linear):
     def without_bias(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out], the bias left to the caller."""
         return self.product(x, self.weight, None)
+
+
+def project(x: Tensor, *matrices: Linear) -> tuple[Tensor, ...]:
+    """Multiply one input by several matrices."""
+    return tuple(matrix(x) for matrix in matrices)
 
 
 class Table(nn.Embedding):

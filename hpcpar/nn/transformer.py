@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpcpar.config.job import Model, required
 from hpcpar.nn.attention import Attention, Exchange, identity, rotary_table
 from hpcpar.nn.dropout import Draw, dropout
-from hpcpar.nn.linear import Linear, Table, Vocabulary
+from hpcpar.nn.linear import Linear, Products, Table, Vocabulary, project
 
 
 def make_norm(model: Model) -> nn.Module:
@@ -48,6 +48,7 @@ class MLP(nn.Module):
         self.gate = None if biased else Linear(model.hidden, ffn, bias=False)
         self.up = Linear(model.hidden, ffn, bias=biased)
         self.down = Linear(ffn, model.hidden, bias=biased)
+        self.project: Products = project
         self.enter: Exchange = identity
         self.leave: Exchange = identity
         self.compute: Exchange = self.transform
@@ -59,8 +60,11 @@ class MLP(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
-        inner = F.gelu(self.up(x), approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return self.down.without_bias(inner)
+        if self.gate is None:
+            (up,) = self.project(x, self.up)
+            return self.down.without_bias(F.gelu(up, approximate="tanh"))
+        gate, up = self.project(x, self.gate, self.up)
+        return self.down.without_bias(F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -13,11 +13,11 @@ from hpcpar.layout.layout import Layout
 from hpcpar.nn.init import initial_values
 from hpcpar.nn.transformer import Transformer
 from hpcpar.parallel.gathering import apply_gathering
-from hpcpar.parallel.gradients import PutOff
+from hpcpar.parallel.gradients import PutOff, project
 from hpcpar.parallel.loss import HeadLoss, chunk_loss
 from hpcpar.parallel.pipeline import Pipeline
 from hpcpar.parallel.recompute import apply_recompute
-from hpcpar.parallel.tensor import apply_tensor_parallelism
+from hpcpar.parallel.tensor import apply_tensor_parallelism, compute_where_it_is_summed
 from hpcpar.parallel.zero import ShardedOptimizer
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +46,11 @@ def build(layout: Layout, groups: Groups, device: torch.device,
         if compiled:
             _compile(network, whole_layers=groups.tp is None and
                      job.model.dropout == 0 and job.layout.recompute != "selective")
+        else:
+            for block in network.blocks():
+                block.attention.project = block.mlp.project = project
+            if layout.sequence_parallel and groups.tp is not None:
+                compute_where_it_is_summed(network, groups.tp)
         apply_recompute(network, job.layout.recompute)
         apply_gathering(network, layout, optimizer.buckets)
     seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq

@@ -10,7 +10,7 @@ rows of the embedding) stays with I: it is small.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from hpcpar.nn.linear import Linear
+
+Room = Callable[[Sequence[int], Tensor], Tensor | None]  # (shape, like): memory for a result, None: any will do
 PutOff = list[Callable[[], None]]  # matrix products still to be done
 
 
@@ -32,10 +35,12 @@ class Sink:
     def __init__(self, place: Callable[[], Tensor], done: Callable[[], None], put_off: PutOff | None = None):
         self.place, self.done, self.put_off = place, done, put_off
         self.empty = True  # what lies there is of another step
+        self.output_room: Room | None = None  # where the matrix's output belongs, if it is a sum over tp's
+        self.input_room: Room | None = None  # where its input's gradient belongs, if it is
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Take the place of F.linear: x [..., in], weight [out, in] -> [..., out]."""
-        out: Tensor = _Product.apply(x, weight, bias, self)
+        out: Tensor = _Products.apply(x, [self], weight, bias)[0]
         return out
 
     def rows(self, numbers: Tensor, weight: Tensor) -> Tensor:
@@ -84,23 +89,53 @@ class Sink:
         self.done()
 
 
-class _Product(Function):
+def project(x: Tensor, *matrices: Linear) -> tuple[Tensor, ...]:
+    """Take the place of nn.linear.project: one input's gradient is added up where it lies, matrix by matrix."""
+    sinks = [matrix.product for matrix in matrices]
+    outs: tuple[Tensor, ...] = _Products.apply(x, sinks, *(each for m in matrices for each in (m.weight, m.bias)))
+    return outs
+
+
+class _Products(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.sink = sink
-        return F.linear(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, sinks: Sequence[Sink], *parameters: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x, *weights)
+        ctx.sinks = sinks
+        return tuple(_multiply(x, *each) for each in zip(weights, biases, sinks, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        flat = grads[0].flatten(0, -2)
-        dx = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        if ctx.sink.put_off is None:
-            ctx.sink.add_product(flat, x.flatten(0, -2))
-        else:
-            ctx.sink.put_off.append(partial(ctx.sink.add_product, flat, x.flatten(0, -2)))
-        return dx, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        flats = [grad.flatten(0, -2) for grad in grads]
+        dx = _input_gradient(x, flats, weights, ctx.sinks[0].input_room) if ctx.needs_input_grad[0] else None
+        parameters: list[Tensor | None] = []
+        for index, (flat, sink) in enumerate(zip(flats, ctx.sinks, strict=True)):
+            if sink.put_off is None:
+                sink.add_product(flat, x.flatten(0, -2))
+            else:
+                sink.put_off.append(partial(sink.add_product, flat, x.flatten(0, -2)))
+            parameters += [None, flat.sum(0) if ctx.needs_input_grad[3 + 2 * index] else None]
+        return dx, None, *parameters
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
+    out = sink.output_room((*x.shape[:-1], len(weight)), x) if sink.output_room and bias is None else None
+    if out is None:
+        return F.linear(x, weight, bias)
+    torch.mm(x.flatten(0, -2), weight.t(), out=out.flatten(0, -2))
+    return out
+
+
+def _input_gradient(x: Tensor, grads: Sequence[Tensor], weights: Sequence[Tensor], room: Room | None) -> Tensor:
+    dx = room(x.shape, x) if room else None
+    if dx is None:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat = dx.flatten(0, -2)
+    torch.mm(grads[-1], weights[-1], out=flat)
+    for grad, weight in zip(grads[-2::-1], weights[-2::-1], strict=True):  # in autograd's order
+        flat.addmm_(grad, weight)
+    return dx
 
 
 class _Rows(Function):

@@ -6,12 +6,13 @@ from functools import partial
 
 from torch import Tensor
 
-from hpcpar.comm.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
+from hpcpar.comm.collectives import copy_to, gather_sequence, lent, reduce_from, scatter_sequence
 from hpcpar.comm.groups import Group
 from hpcpar.layout.boxes import shard_units
 from hpcpar.layout.layout import Layout
-from hpcpar.nn.linear import Vocabulary
+from hpcpar.nn.linear import Linear, Vocabulary
 from hpcpar.nn.transformer import Transformer
+from hpcpar.parallel.gradients import Sink
 from hpcpar.parallel.loss import HeadLoss
 
 
@@ -43,6 +44,16 @@ def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, t
         stage.vocab_rows = rows
         loss = HeadLoss(rows, stage.model.z_loss, first_row, group)
         stage.head_loss = lambda x, scores, targets, factor: loss(x, scores, as_gathered(targets, num_parts), factor)
+
+
+def compute_where_it_is_summed(stage: Transformer, group: Group) -> None:
+    """Let products whose results are reduce-scattered write them into memory that the group shares, in place."""
+    room = partial(lent, group=group)
+    for block in stage.blocks():
+        for matrix in block.modules():
+            if isinstance(matrix, Linear) and isinstance(matrix.product, Sink):
+                ends_a_part = matrix is block.attention.out or matrix is block.mlp.down
+                setattr(matrix.product, "output_room" if ends_a_part else "input_room", room)
 
 
 # Under sequence parallelism a gathered tensor holds [tp, batch, seq/tp] tokens, rank by rank. Matrices do not mind the

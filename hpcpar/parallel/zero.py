@@ -29,6 +29,8 @@ from hpcpar.parallel.buckets import KINDS, FlatBucket
 from hpcpar.parallel.gradients import PutOff, Sink
 from hpcpar.parallel.reduction import Gradient, Reduction
 
+_NORM_CHUNK = 1 << 16  # elements whose squares are summed at a time on CPU: their float64 copies stay in the cache
+
 
 class ShardedOptimizer:
     """Owns a stage's weights, gradients and optimizer state as flat buckets."""
@@ -109,7 +111,9 @@ class ShardedOptimizer:
             counted = {s.parameter.name: self.layout.counts(s.parameter, at.pp_rank, at.tp_rank)
                        for s in flat.bucket.slots}
             for start, stop in flat.owned_runs(counted):
-                total += torch.linalg.vector_norm(flat.own_grads[start:stop], dtype=torch.float64).square()
+                owned = flat.own_grads[start:stop]
+                for part in owned.split(_NORM_CHUNK) if owned.device.type == "cpu" else [owned]:
+                    total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
         return total
 
     def update(self, lr: float, num_updates: int, grad_factor: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpcpar.comm import mpi_memory
-from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat, shared_zeros, zeros_of
+from hpcpar.comm.collectives import (
+    all_gather_sequence,
+    gather_flat,
+    lent,
+    reduce_scatter_flat,
+    reduce_scatter_sequence,
+    shared_zeros,
+    zeros_of,
+)
 
 pytestmark = pytest.mark.mpi
 
@@ -83,6 +93,21 @@ def test_memory_that_the_group_shares(world: SimpleNamespace, any_group: dist.Pr
         assert weights.float().equal(want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_gathered_and_summed(world: SimpleNamespace, any_group: dist.ProcessGroup,
+                                        dtype: torch.dtype) -> None:
+    batch, part, hidden = 2, 3, 4096
+    everyones = [of_rank(rank, batch * part * hidden, dtype).view(batch, part, hidden) for rank in range(world.size)]
+    gathered = all_gather_sequence(everyones[world.rank], any_group)
+    assert gathered.equal(torch.cat(everyones))
+    own = reduce_scatter_sequence(gathered, any_group)  # of what the group shares, in no rank's own part
+    assert own.equal(everyones[world.rank] * world.size)
+    sums = lent(gathered.shape, gathered, any_group)
+    sums = torch.empty_like(gathered) if sums is None else sums
+    own = reduce_scatter_sequence(sums.copy_(gathered), any_group)
+    assert own.equal(everyones[world.rank] * world.size)
+
+
 def test_shared_memory_is_shared(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
     common = shared_zeros(group, world.size, torch.int64, CPU, common=True)
     assert common is not None
@@ -93,6 +118,54 @@ def test_shared_memory_is_shared(world: SimpleNamespace, group: dist.ProcessGrou
     own[world.rank] = 1
     dist.barrier(group)
     assert own.sum() == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lent_memory_is_not_lent_again_while_a_rank_holds_it(world: SimpleNamespace, group: dist.ProcessGroup,
+                                                             seed: int) -> None:
+    """Ranks let go of what they gathered and summed whenever they like, each in its own time."""
+    own_time = random.Random(f"{seed} {world.rank}")
+    held: list[tuple[int, Tensor]] = []
+    for number in range(40):
+        numel = 4096 * (1 + number % 3)
+        gathered = lent((world.size, numel), torch.empty(0), group, common=True)
+        summed = lent((world.size, numel), torch.empty(0), group)
+        assert gathered is not None and summed is not None
+        mine = gathered[world.rank].fill_(number * world.size + world.rank)
+        gather_flat(gathered, mine, group)
+        held.append((number, gathered))
+        summed.copy_(gathered)
+        total = torch.empty(numel)
+        reduce_scatter_flat(total, summed, group)
+        assert total.unique().tolist() == [world.size * (number * world.size + world.rank)]
+        own_time.shuffle(held)
+        for _ in range(own_time.randrange(3)):
+            if held:
+                _expect_gathered(world.size, *held.pop())
+        del gathered, summed, mine
+    for each in held:
+        _expect_gathered(world.size, *each)
+
+
+def _expect_gathered(size: int, number: int, gathered: Tensor) -> None:
+    assert [row.unique().tolist() for row in gathered] == [[number * size + rank] for rank in range(size)]
+
+
+def test_lent_memory_comes_back(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
+    addresses = set()
+    for _ in range(9):
+        gathered = all_gather_sequence(torch.ones(1, 2, 4096), group)
+        assert gathered.shape == (world.size, 2, 4096) and gathered.eq(1).all()
+        addresses.add(gathered.data_ptr())
+        del gathered
+        dist.barrier(group)
+    assert len(addresses) <= 2  # the one lent next is chosen from those free a turn ago
+
+
+def test_a_rank_can_hold_more_than_there_are_blocks(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
+    held = [all_gather_sequence(torch.full((1, 1, 4096), 8.0 * number + world.rank), group) for number in range(70)]
+    for number, gathered in enumerate(held):
+        assert gathered[:, 0, 0].tolist() == [8 * number + rank for rank in range(world.size)]
 
 
 def test_many_in_flight_are_waited_for_in_any_order(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
@@ -135,6 +208,7 @@ def test_nothing_is_left_in_the_folder(world: SimpleNamespace, group: dist.Proce
     zeros_of(group, 1000, torch.float32, CPU)
     dist.all_reduce(torch.ones(100000), group=group)
     dist.barrier(group)
+    gc.collect()  # no mapping goes while they are listed
     mine = {f.rsplit("/", 1)[-1] for f in map(os.readlink, _links()) if "mpi4py-backend" in f and "deleted" not in f}
     assert not mine
 
