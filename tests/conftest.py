@@ -113,3 +113,4 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     from hpcpar.comm.mpi_backend import MPIProcessGroup
 
     monkeypatch.setattr(MPIProcessGroup, "shared", lambda *_: None)
+    monkeypatch.setattr(MPIProcessGroup, "lend", lambda *_: None)

@@ -63,8 +63,8 @@ def zeros_of(group: Group | None, numel: int, dtype: torch.dtype, device: torch.
 def lent(shape: Sequence[int], like: Tensor, group: Group, common: bool = False) -> Tensor | None:
     """Return memory that the group shares, with whatever lies there, or None where its backend lends none.
 
-    A reduce-scatter reads it where it is; with `common`, an all-gather of each one's part moves nothing. It goes back
-    by itself. All ranks of the group must call, in the same order as their collectives.
+    A reduce-scatter reads it where it is, and it must not be written after that; with `common`, an all-gather of each
+    one's part moves nothing. It goes back by itself. All ranks must call, in the same order as their collectives.
     """
     lend = getattr(group, "lend", None)
     found: Tensor | None = lend(math.prod(shape), like.dtype, common) if lend and like.device.type == "cpu" else None

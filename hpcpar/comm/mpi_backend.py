@@ -321,11 +321,14 @@ class MPIProcessGroup(dist.ProcessGroup):
     def lend(self, numel: int, dtype: torch.dtype, common: bool = False) -> Tensor | None:
         """Return what `shared` does, with whatever lies there, lent until no tensor lies in it on any rank.
 
-        All ranks must call, in the same order as their collectives.
+        After a reduce-scatter of it, it is not written again: others may still read it. All ranks must call, in the
+        same order as their collectives.
         """
+        if self._host is None:
+            return None
         for work in [work for work in self._in_flight if work.is_collective]:
-            work.wait()
-        found = None if self._host is None else self._host.lend(numel * dtype.itemsize, common)
+            work.wait()  # ranks choose alike when all know of the same turns
+        found = self._host.lend(numel * dtype.itemsize, common)
         return None if found is None else found.view(dtype)
 
     def getBackendName(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .mpi_lanes import Lanes
 
-_MOST = 62  # blocks: a bit of a signed word for each
+_MOST = 63  # blocks: the bits of a word, without its sign
 
 
 class Blocks:

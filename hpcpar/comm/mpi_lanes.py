@@ -51,6 +51,11 @@ def _nobody() -> None:
     """Wake nobody: the others look by themselves."""
 
 
+def _no_bits() -> int:
+    """Leave nothing."""
+    return 0
+
+
 class Lanes:
     """A group's lanes, and the turns that this rank has begun; all ranks begin the same ones in one order."""
 
@@ -64,7 +69,7 @@ class Lanes:
         self._arrived, self._taken = words[0::lane // 8], words[_LINE::lane // 8]
         self._meanings = [words[2 * _LINE + n::lane // 8] for n in range(_LINE)]  # of turns n, n + 8, ...
         self._words = [words[3 * _LINE + n::lane // 8] for n in range(_LINE)]
-        self.word: Callable[[], int] = int  # what this rank leaves with its next arrival
+        self.word: Callable[[], int] = _no_bits  # what this rank leaves with its next arrival
         self.agreed = 0  # the bits that all ranks' words of the last turn taken have
         self._num_begun = self._num_arrived = self.num_taken = 0
         self._waiting: deque[Turn] = deque()  # not yet taken, the oldest first

@@ -12,12 +12,14 @@ from mpi4py import MPI
 _FOLDER = Path("/dev/shm")
 
 
-def map_together(comm: MPI.Comm, num_bytes: int) -> mmap.mmap | None:
+def map_together(comm: MPI.Comm, num_bytes: int, spare: float = 0.0) -> mmap.mmap | None:
     """Map a zeroed file that rank 0 makes and unlinks again; None for all ranks where one of them could not.
 
-    Ranks that ask for different sizes (their collectives do not match) get none either.
+    `spare`: the share of the folder that must be free after it. Ranks that ask for different sizes (their collectives
+    do not match) get none either.
     """
-    path, size = comm.bcast((_make_file(num_bytes), num_bytes) if comm.rank == 0 else None)
+    made = (_make_file(num_bytes, spare), num_bytes) if comm.rank == 0 else None
+    path, size = comm.bcast(made)
     memory = None
     if path is not None and size == num_bytes:
         try:
@@ -31,9 +33,12 @@ def map_together(comm: MPI.Comm, num_bytes: int) -> mmap.mmap | None:
     return memory if everyone else None
 
 
-def _make_file(num_bytes: int) -> Path | None:
+def _make_file(num_bytes: int, spare: float) -> Path | None:
     path = _FOLDER / f"mpi4py-backend-{uuid.uuid4().hex}"
     try:
+        room = os.statvfs(_FOLDER)
+        if room.f_bavail * room.f_frsize - num_bytes < spare * room.f_blocks * room.f_frsize:
+            return None
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError:
         return None

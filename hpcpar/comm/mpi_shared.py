@@ -41,7 +41,7 @@ class Region:
     start: int
     ranks: list[Tensor]
     common: bool  # there is one memory for all, not one for each
-    lent: bool  # it is written again only when all have let go of what was there
+    lent: bool  # nobody writes it again after a sum of it
     number: int  # the same on all ranks
 
     def holds(self, tensor: Tensor) -> bool:
@@ -113,12 +113,12 @@ class OneHost:
         rows = out.view(self._size, -1)
         in_place = rows[self._rank].data_ptr() == piece.data_ptr()
         region = self._region(out)
-        is_there = region is not None and region.common and in_place
-        lanes = self._for(0 if is_there else piece.nbytes)
+        there = region if region is not None and region.common and in_place else None
+        lanes = self._for(0 if there else piece.nbytes)
         if lanes is None:
             return None
-        if region is not None and is_there:  # what each wrote is there for all
-            return lanes.begin(f"all_gather {piece.nbytes} in {region.number}", [Turn(None, _nothing)])
+        if there:  # what each wrote is there for all
+            return lanes.begin(f"all_gather {piece.nbytes} in {there.number}", [Turn(None, _nothing)])
 
         def take(slots: list[Tensor], low: int, high: int) -> None:
             for rank, slot in enumerate(slots):
@@ -183,10 +183,12 @@ class OneHost:
     def allocate(self, num_bytes: int, common: bool, lent: bool = False) -> Tensor | None:
         """Return zeroed bytes that reductions and gathers work on in place; all ranks call.
 
-        `common`: all ranks get the same memory, and keep apart by collectives who writes where and when.
+        `common`: all ranks get the same memory, and keep apart by collectives who writes where and when. `lent`: the
+        caller writes what it has summed no more, and leaves half of the host's shared memory to others.
         """
         lane = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = map_together(self._comm, lane * (1 if common else self._size)) if num_bytes else None
+        together = lane * (1 if common else self._size)
+        memory = map_together(self._comm, together, spare=0.5 if lent else 0) if num_bytes else None
         if memory is None:
             return None
         whole = torch.frombuffer(memory, dtype=torch.uint8).numpy()
@@ -198,7 +200,7 @@ class OneHost:
     def lend(self, num_bytes: int, common: bool) -> Tensor | None:
         """Return bytes as `allocate` does, but with whatever lies there, for as long as a tensor lies in them.
 
-        Reductions of them leave the caller's part to the others until it lets go of it. All ranks call in one order,
+        After a reduction of them they are not written again: others may still read them. All ranks call in one order,
         with no collective under way.
         """
         lanes = self._for(0)

@@ -46,7 +46,7 @@ def build(layout: Layout, groups: Groups, device: torch.device,
         if compiled:
             _compile(network, whole_layers=groups.tp is None and
                      job.model.dropout == 0 and job.layout.recompute != "selective")
-        else:
+        else:  # the compiler sees neither sinks nor memory that comes back by itself
             for block in network.blocks():
                 block.attention.project = block.mlp.project = project
             if layout.sequence_parallel and groups.tp is not None:

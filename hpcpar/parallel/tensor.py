@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
@@ -50,10 +51,14 @@ def compute_where_it_is_summed(stage: Transformer, group: Group) -> None:
     """Let products whose results are reduce-scattered write them into memory that the group shares, in place."""
     room = partial(lent, group=group)
     for block in stage.blocks():
-        for matrix in block.modules():
-            if isinstance(matrix, Linear) and isinstance(matrix.product, Sink):
-                ends_a_part = matrix is block.attention.out or matrix is block.mlp.down
-                setattr(matrix.product, "output_room" if ends_a_part else "input_room", room)
+        for sink in _sinks(block.attention.out, block.mlp.down):
+            sink.output_room = room
+        for sink in _sinks(block.attention.q, block.mlp.gate or block.mlp.up):
+            sink.input_room = room
+
+
+def _sinks(*matrices: Linear) -> list[Sink]:
+    return [cast(Sink, matrix.product) for matrix in matrices]
 
 
 # Under sequence parallelism a gathered tensor holds [tp, batch, seq/tp] tokens, rank by rank. Matrices do not mind the

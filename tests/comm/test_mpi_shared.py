@@ -162,6 +162,45 @@ def test_lent_memory_comes_back(world: SimpleNamespace, group: dist.ProcessGroup
     assert len(addresses) <= 2  # the one lent next is chosen from those free a turn ago
 
 
+def test_memory_is_lent_alike_while_collectives_are_under_way(world: SimpleNamespace,
+                                                              group: dist.ProcessGroup) -> None:
+    """Some ranks see at once that a sum is over, some only when they lend."""
+    for number in range(30):
+        first = lent((world.size, 600), torch.empty(0), group)
+        assert first is not None
+        first.fill_(number)
+        part = torch.empty(600)
+        work = reduce_scatter_flat(part, first, group, async_op=True)
+        assert work is not None
+        if (number + world.rank) % 3 == 0:
+            work.wait()
+        del first
+        second = lent((world.size, 600), torch.empty(0), group, common=True)
+        assert second is not None
+        gather_flat(second, second[world.rank].fill_(number + world.rank), group)
+        assert second[:, 0].tolist() == [number + rank for rank in range(world.size)]
+        work.wait()
+        assert part.unique().tolist() == [number * world.size]
+
+
+def test_memory_runs_out_while_some_is_lent(world: SimpleNamespace, group: dist.ProcessGroup,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [all_gather_sequence(torch.full((1, 1, 4096), 8.0 * number + world.rank), group) for number in range(3)]
+    if world.rank == 0:  # who makes the files
+        monkeypatch.setattr(mpi_memory.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=1, f_blocks=9))
+    held += [all_gather_sequence(torch.full((1, 1, 4096), 8.0 * number + world.rank), group) for number in range(3, 9)]
+    for number, gathered in enumerate(held):
+        assert gathered[:, 0, 0].tolist() == [8 * number + rank for rank in range(world.size)]
+
+
+def test_lent_memory_outlives_its_group(world: SimpleNamespace) -> None:
+    made = dist.new_group(use_local_synchronization=True)
+    gathered = all_gather_sequence(torch.full((1, 1, 4096), float(world.rank)), made)
+    dist.destroy_process_group(made)
+    gc.collect()
+    assert gathered[:, 0, 0].tolist() == [*range(world.size)]
+
+
 def test_a_rank_can_hold_more_than_there_are_blocks(world: SimpleNamespace, group: dist.ProcessGroup) -> None:
     held = [all_gather_sequence(torch.full((1, 1, 4096), 8.0 * number + world.rank), group) for number in range(70)]
     for number, gathered in enumerate(held):
