@@ -108,15 +108,15 @@ class _Products(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         flats = [grad.flatten(0, -2) for grad in grads]
-        dx = _input_gradient(x, flats, weights, ctx.sinks[0].input_room) if ctx.needs_input_grad[0] else None
-        parameters: list[Tensor | None] = []
-        for index, (flat, sink) in enumerate(zip(flats, ctx.sinks, strict=True)):
+        backwards = list(zip(flats, weights, ctx.sinks, strict=True))[::-1]  # as autograd does, and buckets are packed
+        dx = _input_gradient(x, backwards, ctx.sinks[0].input_room) if ctx.needs_input_grad[0] else None
+        for flat, _, sink in backwards:
             if sink.put_off is None:
                 sink.add_product(flat, x.flatten(0, -2))
             else:
                 sink.put_off.append(partial(sink.add_product, flat, x.flatten(0, -2)))
-            parameters += [None, flat.sum(0) if ctx.needs_input_grad[3 + 2 * index] else None]
-        return dx, None, *parameters
+        biases = [flat.sum(0) if ctx.needs_input_grad[3 + 2 * index] else None for index, flat in enumerate(flats)]
+        return dx, None, *(each for bias in biases for each in (None, bias))
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
@@ -127,13 +127,13 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Ten
     return out
 
 
-def _input_gradient(x: Tensor, grads: Sequence[Tensor], weights: Sequence[Tensor], room: Room | None) -> Tensor:
+def _input_gradient(x: Tensor, products: Sequence[tuple[Tensor, Tensor, Sink]], room: Room | None) -> Tensor:
     dx = room(x.shape, x) if room else None
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    flat = dx.flatten(0, -2)
-    torch.mm(grads[-1], weights[-1], out=flat)
-    for grad, weight in zip(grads[-2::-1], weights[-2::-1], strict=True):  # in autograd's order
+    flat, ((first, weight, _), *rest) = dx.flatten(0, -2), products
+    torch.mm(first, weight, out=flat)
+    for grad, weight, _ in rest:
         torch.addmm(flat, grad, weight, out=flat)  # torch's counter of FLOPs does not see addmm_
     return dx
 
