@@ -86,12 +86,10 @@ def all_gather_sequence(x: Tensor, group: Group) -> Tensor:
     shape = (dist.get_world_size(group) * x.shape[0], *x.shape[1:])
     gathered = lent(shape, x, group, common=True)
     if gathered is None:
-        gathered = x.new_empty(shape)
-        gather_flat(gathered, x.contiguous(), group)
+        gathered, own = x.new_empty(shape), x.contiguous()
     else:
-        rank = dist.get_rank(group)
-        own = gathered[rank * x.shape[0]:(rank + 1) * x.shape[0]]
-        gather_flat(gathered, own.copy_(x), group)
+        own = gathered.unflatten(0, (-1, x.shape[0]))[dist.get_rank(group)].copy_(x)
+    gather_flat(gathered, own, group)
     return gathered
 
 

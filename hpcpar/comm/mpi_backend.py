@@ -58,6 +58,7 @@ from .mpi_buffers import (
 from .mpi_patience import Patience
 from .mpi_shared import OneHost
 from .mpi_work import Home, MPIWork, Nobody, Observer, Step
+from .named_group import NamedGroup
 
 _MAX_UNWAITED = 64
 DEVICES = ("cpu", "cuda")  # a GPU's tensors travel through the host's memory, copied before a call and after its wait
@@ -105,7 +106,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-class MPIProcessGroup(dist.ProcessGroup):
+class MPIProcessGroup(NamedGroup):
     """A process group whose operations are MPI's on `comm`, which it owns and frees in `shutdown()`.
 
     Every operation starts a non-blocking one and returns its `MPIWork`, already complete if `asyncOp` is off in the
@@ -113,17 +114,14 @@ class MPIProcessGroup(dist.ProcessGroup):
     """
 
     def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta, home: Home, ranks: Sequence[int]):
-        super().__init__(comm.rank, comm.size)
-        self._comm, self._backend_name, self._timeout, self._home = comm, name, timeout, home
+        super().__init__(comm.rank, comm.size, name, DEVICES)
+        self._comm, self._timeout, self._home = comm, timeout, home
         self._ranks, self._number = ranks, -1
         self._host = None
         if len(ranks) > 1 and home.on_host.keys() >= set(ranks):
             others = [home.on_host[rank] for rank in ranks if rank != home.world.rank]
             self._host = OneHost(comm, home.lanes, lambda: home.ring(others))
-        self._group_name = self._group_desc = ""
         self._in_flight: set[MPIWork] = set()
-        for device in DEVICES:
-            self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, None)
 
     def _work(self, operation: str, num_bytes: int, steps: list[Step], outputs: list[Tensor], opts: Any = None,
               peer: int | None = None) -> MPIWork:
@@ -297,7 +295,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
 
-    # -- life and names
+    # -- life and memory
 
     def shutdown(self) -> None:
         """Wait for what is in flight and free the communicator; all members call it. A second call does nothing."""
@@ -330,25 +328,6 @@ class MPIProcessGroup(dist.ProcessGroup):
             work.wait()  # ranks choose alike when all know of the same turns
         found = self._host.lend(numel * dtype.itemsize, common)
         return None if found is None else found.view(dtype)
-
-    def getBackendName(self) -> str:
-        return self._backend_name
-
-    def getGroupName(self) -> str:
-        return self._group_name
-
-    # torch's C++ side asks by method, its Python side by property.
-    def _set_group_name(self, name: str) -> None:
-        self._group_name = name
-
-    def getGroupDesc(self) -> str:
-        return self._group_desc
-
-    def _set_group_desc(self, description: str) -> None:
-        self._group_desc = description
-
-    group_name = property(getGroupName)
-    group_desc = property(getGroupDesc)
 
     # torch 2.13 calls these by new names.
     all_gather_single = _allgather_base

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in __all__
+
+from hpcpar.comm.named_group import NamedGroup
 
 
 @contextmanager
@@ -45,14 +46,11 @@ class _Done(dist.Work):
         return True
 
 
-class SilentGroup(dist.ProcessGroup):
+class SilentGroup(NamedGroup):
     """A group whose other members never speak; it has the operations that the trainer uses."""
 
     def __init__(self, rank: int, size: int):
-        super().__init__(rank, size)
-        self._name = self._desc = ""
-        for device in ("cpu", "cuda"):
-            self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, None)
+        super().__init__(rank, size, "silent", ("cpu", "cuda"))
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         return _Done()
@@ -76,24 +74,6 @@ class SilentGroup(dist.ProcessGroup):
 
     def shutdown(self) -> None:
         pass
-
-    def getBackendName(self) -> str:
-        return "silent"
-
-    def getGroupName(self) -> str:
-        return self._name
-
-    def _set_group_name(self, name: str) -> None:
-        self._name = name
-
-    def getGroupDesc(self) -> str:
-        return self._desc
-
-    def _set_group_desc(self, description: str) -> None:
-        self._desc = description
-
-    group_name = property(getGroupName)
-    group_desc = property(getGroupDesc)
 
     # torch 2.13 calls these by new names
     all_gather_single = _allgather_base

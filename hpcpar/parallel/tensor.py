@@ -11,7 +11,7 @@ from hpcpar.comm.collectives import copy_to, gather_sequence, lent, reduce_from,
 from hpcpar.comm.groups import Group
 from hpcpar.layout.boxes import shard_units
 from hpcpar.layout.layout import Layout
-from hpcpar.nn.linear import Linear, Vocabulary
+from hpcpar.nn.linear import Vocabulary
 from hpcpar.nn.transformer import Transformer
 from hpcpar.parallel.gradients import Sink
 from hpcpar.parallel.loss import HeadLoss
@@ -51,14 +51,10 @@ def compute_where_it_is_summed(stage: Transformer, group: Group) -> None:
     """Let products whose results are reduce-scattered write them into memory that the group shares, in place."""
     room = partial(lent, group=group)
     for block in stage.blocks():
-        for sink in _sinks(block.attention.out, block.mlp.down):
-            sink.output_room = room
-        for sink in _sinks(block.attention.q, block.mlp.gate or block.mlp.up):
-            sink.input_room = room
-
-
-def _sinks(*matrices: Linear) -> list[Sink]:
-    return [cast(Sink, matrix.product) for matrix in matrices]
+        for last in (block.attention.out, block.mlp.down):
+            cast(Sink, last.product).output_room = room
+        for first in (block.attention.q, block.mlp.gate or block.mlp.up):
+            cast(Sink, first.product).input_room = room
 
 
 # Under sequence parallelism a gathered tensor holds [tp, batch, seq/tp] tokens, rank by rank. Matrices do not mind the
