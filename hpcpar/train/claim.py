@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +22,8 @@ from hpcpar.config.run_folder import RunFolder
 from hpcpar.config.surroundings import process_table
 from hpcpar.errors import UserError
 
-LOOK_S = 2.0  # the witnesses of several ranks write as often
-QUIET_S = 6.0  # without a word from a run on another host: it is gone
+LOOK_S = 2.0  # so often a run touches its claim, and the witnesses of several ranks write as often
+QUIET_S = 6.0  # without a sign from a run on another host: it is gone
 LONGEST_S = 60.0  # that the last ranks of a job which is being ended may go on
 
 
@@ -38,9 +39,14 @@ def claimed(folder: RunFolder, host: str, look_s: float = LOOK_S) -> Iterator[No
         refuse_if_running(folder, look_s)
         if _claim(folder.running) == found:
             _take_away(folder, found)
+    ended = threading.Event()
+    beats = threading.Thread(target=_beat, args=(folder.running, ended, look_s), name="claim", daemon=True)
+    beats.start()
     try:
         yield
     finally:
+        ended.set()
+        beats.join()
         with suppress(OSError):  # one that stays does no harm, and the run has ended as it has
             if _claim(folder.running) == mine:
                 folder.running.unlink()
@@ -56,6 +62,13 @@ def refuse_if_running(folder: RunFolder, look_s: float = LOOK_S) -> None:
         raise UserError(str(folder.path), f"another run is at work in it: process {found['pid']} on {found['host']}",
                         f"wait for it, let it save and stop (touch {shlex.quote(str(folder.stop))}), or choose another "
                         "--run folder")
+
+
+def _beat(path: Path, ended: threading.Event, look_s: float) -> None:
+    """Touch the claim till the end, so that other hosts see it alive however long a step takes."""
+    while not ended.wait(look_s):
+        with suppress(OSError):  # a full disk, or a folder that somebody deleted, is told by what needs it
+            os.utime(path)
 
 
 def _claim(path: Path) -> dict[str, Any] | None:
@@ -99,7 +112,7 @@ def _writes(folder: RunFolder, found: dict[str, Any], look_s: float) -> bool:
 
 def _written(folder: RunFolder) -> list[int]:
     found = []
-    for path in (folder.metrics, *sorted(folder.watch.glob("beat-*"))):
-        with suppress(OSError):
-            found.append(path.stat().st_mtime_ns)
+    for path in (folder.running, folder.metrics, *sorted(folder.watch.glob("beat-*"))):
+        with suppress(OSError), path.open("rb") as file:  # opened: then NFS asks the server, not what it remembers
+            found.append(os.fstat(file.fileno()).st_mtime_ns)
     return found

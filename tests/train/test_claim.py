@@ -102,6 +102,19 @@ def test_a_run_on_another_host_shows_by_what_it_writes(folder: RunFolder) -> Non
         assert json.loads(folder.running.read_text())["host"] == "here"
 
 
+def test_a_run_elsewhere_that_writes_nothing_else_shows_by_its_claim(folder: RunFolder,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    with claimed(folder, "there", LOOK_S):  # one process in a step that takes an hour: no metrics, no witness
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("hpcpar.train.claim.process_table", lambda: "of another boot")
+            with pytest.raises(UserError, match="another run is at work in it: process .* on there"):
+                refuse_if_running(folder, LOOK_S)
+        assert not folder.metrics.exists() and not list(folder.watch.iterdir())
+        folder.running.unlink()  # by hand: neither the beats nor the end make it anew
+        time.sleep(3 * LOOK_S)
+    assert not folder.running.exists() and threading.active_count() == 1
+
+
 STARTER = """
 import sys, time
 from pathlib import Path
