@@ -119,8 +119,8 @@ class MPIProcessGroup(NamedGroup):
         self._ranks, self._number = ranks, -1
         self._host = None
         if len(ranks) > 1 and home.on_host.keys() >= set(ranks):
-            others = [home.on_host[rank] for rank in ranks if rank != home.world.rank]
-            self._host = OneHost(comm, home.lanes, lambda: home.ring(others))
+            here = [home.on_host[rank] for rank in ranks]
+            self._host = OneHost(comm, home.lanes, lambda late: home.ring([here[rank] for rank in late]))
         self._in_flight: set[MPIWork] = set()
 
     def _work(self, operation: str, num_bytes: int, steps: list[Step], outputs: list[Tensor], opts: Any = None,

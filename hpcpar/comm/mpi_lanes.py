@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .mpi_memory import map_together
 
+Ring = Callable[[Sequence[int]], None]  # wakes those of these ranks of the group that sleep
 _HEAD_BYTES, _LINE = 256, 8  # a cache line for each counter, for the meanings and the words; words in a line
 
 
@@ -47,7 +48,7 @@ class Turn:
     meaning: int = 0  # what it must mean to all
 
 
-def _nobody() -> None:
+def _nobody(ranks: Sequence[int]) -> None:
     """Wake nobody: the others look by themselves."""
 
 
@@ -59,7 +60,7 @@ def _no_bits() -> int:
 class Lanes:
     """A group's lanes, and the turns that this rank has begun; all ranks begin the same ones in one order."""
 
-    def __init__(self, memory: mmap.mmap, rank: int, size: int, slot_bytes: int, ring: Callable[[], None] = _nobody):
+    def __init__(self, memory: mmap.mmap, rank: int, size: int, slot_bytes: int, ring: Ring = _nobody):
         self._rank, self.slot_bytes, self._ring = rank, slot_bytes, ring
         lane = lane_bytes(slot_bytes)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
@@ -114,7 +115,7 @@ class Lanes:
         self._fence()
         self._num_arrived = self._arrived[self._rank] = number
         if min(self._arrived.tolist()) >= number:
-            self._ring()
+            self._wake(number)
         return True
 
     def _take(self) -> bool:
@@ -128,9 +129,17 @@ class Lanes:
         self._waiting.popleft().take(self._slots[number % 2])
         self._fence()
         self.num_taken = self._taken[self._rank] = number
-        if min(self._taken.tolist()) >= number:
-            self._ring()
+        self._wake(number)
         return True
+
+    def _wake(self, number: int) -> None:
+        """Ring for those that can take a turn and have not; once all have, for all who wait for that.
+
+        Everyone who takes it rings: the first that wakes may push who woke it off its core before the others are rung.
+        """
+        taken = self._taken.tolist()
+        late = [rank for rank, turn in enumerate(taken) if turn < number]
+        self._ring([rank for rank in late or range(len(taken)) if rank != self._rank])
 
     def is_over(self, number: int) -> bool:
         """Return whether a turn is taken here and, if others read the caller's memory in it, by all."""
@@ -162,10 +171,10 @@ class Ticket:
         return self.lanes.is_over(self.last)
 
 
-def open_lanes(comm: MPI.Intracomm, slot_bytes: int, ring: Callable[[], None]) -> Lanes | None:
+def open_lanes(comm: MPI.Intracomm, slot_bytes: int, ring: Ring) -> Lanes | None:
     """Make the lanes of a group whose ranks are all on this host; all of them call. None: there is no room.
 
-    `ring` is called when what the others may wait for is there.
+    `ring` is called with the ranks for which there may be what they wait for.
     """
     memory = map_together(comm, comm.size * lane_bytes(slot_bytes))
     return None if memory is None else Lanes(memory, comm.rank, comm.size, slot_bytes, ring)

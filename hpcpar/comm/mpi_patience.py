@@ -20,12 +20,14 @@ class Patience:
     4 times as long). One that sleeps early keeps others waiting, for MPI moves data only inside its own calls: 50 polls
     make small all-reduces 2.5 times as long there, 300 cost nothing measurable. Between two ranks nobody else waits, so
     a wait for a message sleeps a tenth of what it has lasted: 8 pipeline stages on 2 cores take 2.0 s a step instead of
-    2.6. Collectives do not bear a tenth (8 tp ranks 4.2 s, not 2.8): theirs is a fiftieth.
+    2.6. Collectives do not bear a tenth (8 tp ranks 4.2 s, not 2.8): theirs is a fiftieth. Where who brings what is
+    waited for rings, a sleep may last as long as the wait already has: only a byte that was missed makes it longer.
     """
 
     polls: int = 300
     sleep_s: float = 50e-6
     longest_s: float = 2e-3
+    longest_rung_s: float = 20e-3
 
     def wait(self, is_complete: Callable[[], bool], timeout_s: float, message: bool,
              bells: Bells | None = None) -> None:
@@ -43,6 +45,6 @@ class Patience:
             if waited > timeout_s:
                 raise TimeoutError(f"an MPI operation did not complete in {timeout_s:g} s: other ranks did not arrive")
             if bells:
-                bells.sleep(is_complete, self.longest_s)
+                bells.sleep(is_complete, min(max(waited, self.longest_s), self.longest_rung_s))
             else:
                 time.sleep(min(max(waited / (10 if message else 50), self.sleep_s), self.longest_s))

@@ -21,7 +21,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from .mpi_blocks import Blocks
-from .mpi_lanes import Lanes, Ticket, Turn, open_lanes
+from .mpi_lanes import Lanes, Ring, Ticket, Turn, open_lanes
 from .mpi_memory import map_together
 
 SMALL_BYTES = 1 << 14  # up to here every rank sums all of an all-reduce: one turn, not two
@@ -62,7 +62,7 @@ class OneHost:
     small messages and for what lies in regions, one for long messages.
     """
 
-    def __init__(self, comm: MPI.Intracomm, all_lanes: list[Lanes], ring: Callable[[], None]):
+    def __init__(self, comm: MPI.Intracomm, all_lanes: list[Lanes], ring: Ring):
         self._comm, self._rank, self._size, self._all_lanes = comm, comm.rank, comm.size, all_lanes
         self._ring = ring
         self._lanes: dict[bool, Lanes | None] = {}

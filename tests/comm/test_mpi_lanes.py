@@ -18,6 +18,18 @@ def pair() -> list[Lanes]:
     return [Lanes(memory, rank, 2, SLOT) for rank in (0, 1)]
 
 
+def test_everyone_who_takes_a_turn_wakes_those_that_have_not() -> None:
+    """The last to come may be pushed off its core by the first that it wakes."""
+    memory, rung = mmap.mmap(-1, 4 * lane_bytes(SLOT)), [list[list[int]]() for _ in range(4)]
+    ranks = [Lanes(memory, rank, 4, SLOT, lambda late, own=own: own.append([*late])) for rank, own in enumerate(rung)]
+    tickets = [gather(lanes, "all", 0, []) for lanes in ranks]
+    assert rung == [[], [], [], [[0, 1, 2], [0, 1, 2]]]  # the last came, and took
+    assert tickets[1].Test() and rung[1] == [[0, 2]]
+    assert tickets[0].Test() and rung[0] == [[2]]
+    assert tickets[2].Test() and rung[2] == [[0, 1, 3]]  # all have taken: who waits for that may go on
+    assert [len(each) for each in rung] == [1, 1, 1, 2]
+
+
 def gather(lanes: Lanes, meaning: str, value: int, got: list[list[int]]) -> Ticket:
     def put(slot: Tensor) -> None:
         slot[0] = value
