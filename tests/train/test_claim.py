@@ -107,7 +107,7 @@ def test_a_run_elsewhere_that_writes_nothing_else_shows_by_its_claim(folder: Run
     with claimed(folder, "there", LOOK_S):  # one process in a step that takes an hour: no metrics, no witness
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr("hpcpar.train.claim.process_table", lambda: "of another boot")
-            with pytest.raises(UserError, match="another run is at work in it: process .* on there"):
+            with pytest.raises(UserError, match=r"another run is at work in it: process .* on there"):
                 refuse_if_running(folder, LOOK_S)
         assert not folder.metrics.exists() and not list(folder.watch.iterdir())
         folder.running.unlink()  # by hand: neither the beats nor the end make it anew
