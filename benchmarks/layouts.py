@@ -40,9 +40,11 @@ class Candidate(NamedTuple):
     sizes: Sizes
     zero: int | None = None  # where the program leaves a choice of what is sharded over dp
     name: str = ""  # what the program is there, if more is to be said
+    schedule: str = "1f1b"  # hpcpar's, of a pipeline
 
     def __str__(self) -> str:
-        return (self.name or self.program) + (f" ZeRO-{self.zero}" if self.zero else "")
+        more = f" ZeRO-{self.zero}" if self.zero else f" {self.schedule}" if self.schedule != "1f1b" else ""
+        return (self.name or self.program) + more
 
 
 ONE: Sizes = (1, 1, 1)
@@ -51,12 +53,13 @@ CANDIDATES = [
       Candidate("accelerate", ONE, name="transformers + Accelerate")),
     *(Candidate("hpcpar", (2, 2, 2)), Candidate("plain", (2, 2, 2), name="DTensor + Schedule1F1B + all-reduce")),
     *(Candidate("hpcpar", (8, 1, 1)), Candidate("plain", (8, 1, 1), name="DTensor")),
-    *(Candidate("hpcpar", (1, 8, 1)), Candidate("plain", (1, 8, 1), name="Schedule1F1B")),
+    *(Candidate("hpcpar", (1, 8, 1), schedule="zero-bubble"), Candidate("hpcpar", (1, 8, 1)),
+      Candidate("plain", (1, 8, 1), name="Schedule1F1B"),
+      Candidate("zero_bubble", (1, 8, 1), name="ScheduleInterleavedZeroBubble")),
     *(Candidate("hpcpar", (1, 1, 8), zero) for zero in (1, 2, 3)), Candidate("plain", (1, 1, 8), name="DDP"),
     *(Candidate("fsdp2", (1, 1, 8), zero, "FSDP2") for zero in (2, 3)),
     *(Candidate("deepspeed", (1, 1, 8), zero, "DeepSpeed") for zero in (1, 2, 3)),
 ]
-FASTEST: dict[Sizes, dict[str, object]] = {}  # [layout] options of hpcpar that a layout is run with
 HERE = Path(__file__).resolve()
 PEERS_PYTHON = HERE.parents[1] / ".venv-peers/bin/python"
 TIMEOUT_S = 600
@@ -75,7 +78,7 @@ def start(candidate: Candidate, args: argparse.Namespace, profile: bool = False,
     words = [*(str(n) for n in sizes), "--batch", str(args.batch), "--steps", str(args.steps)]
     if candidate.program == "hpcpar":
         zero = {} if candidate.zero is None else {"zero": candidate.zero}
-        options = json.dumps({**zero, **FASTEST.get(sizes, {}), **json.loads(args.options)})
+        options = json.dumps({"schedule": candidate.schedule, **zero, **json.loads(args.options)})
         command = [sys.executable, str(HERE), "--rank", *words, "--options", options, "--model", args.model]
         command += [*["--profile", "-"][:2 * profile], *["--silent"][:args.silent]]
     else:
@@ -131,8 +134,8 @@ def compare(args: argparse.Namespace) -> None:
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()), end="\n\n")
     print("\n".join(lines(runs)))
     print("\nMedian (min-max) over repetitions. Memory: the largest rank's, a page shared with others in parts\n"
-          "(peers/work.py). hpcpar: ZeRO-1, sequence parallel; options other than the defaults:",
-          FASTEST or "none", args.options)
+          "(peers/work.py). hpcpar: ZeRO-1, sequence parallel, 1F1B where no other schedule is named; further options:",
+          args.options)
     if args.json:
         table = [{"program": str(c), "tp_pp_dp": c.sizes, "runs": found} for c, found in runs.items()]
         args.json.write_text(json.dumps({"facts": facts, "programs": table}, indent=1))
@@ -216,7 +219,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--only", type=sizes, help="a single layout beside the limit")
     parser.add_argument("--profile", type=sizes, metavar="TP,PP,DP")
-    parser.add_argument("--options", default="{}", help="JSON of hpcpar [layout] options to try, beside the fastest")
+    parser.add_argument("--options", default="{}", help="JSON of hpcpar [layout] options to try")
     parser.add_argument("--model", default="{}", help="JSON of hpcpar [model] options other than the benchmark's")
     parser.add_argument("--silent", action="store_true", help="hpcpar's ranks make their calls, but nothing is carried")
     parser.add_argument("--rank", type=int, nargs=3, help=argparse.SUPPRESS)

@@ -2,11 +2,12 @@
 
     dp    DistributedDataParallel where it is alone, else one all-reduce of all gradients after the last backward
     tp    DTensor by `parallelize_module`: column- and row-wise matrices, sequence-parallel norms, parallel loss
-    pp    Schedule1F1B; the tied embedding's gradients are summed over its two stages
+    pp    Schedule1F1B, or another schedule; the tied embedding's gradients are summed over its two stages
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -52,7 +53,7 @@ def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
 class Plain:
     """A rank of the plain program."""
 
-    def __init__(self, work: Work, weights: Weights):
+    def __init__(self, work: Work, weights: Weights, make_schedule: Callable[..., Schedule1F1B] = Schedule1F1B):
         tp, pp, dp, _, self.batch = work
         self.mesh = init_device_mesh("cpu", (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
         self.tp, self.pp, self.dp, self.own_batch = tp, pp, dp, work.own_batch
@@ -63,11 +64,11 @@ class Plain:
             apply_tensor_parallelism(self.stage, self.mesh["tp"])
         self.tied: Tensor | None = None
         if pp > 1:
-            self._open_pipeline(pp_rank)
+            self._open_pipeline(pp_rank, make_schedule)
         self.model: nn.Module = DistributedDataParallel(self.stage) if dp > 1 and tp * pp == 1 else self.stage
         self.optimizer = adamw(self.stage)
 
-    def _open_pipeline(self, pp_rank: int) -> None:
+    def _open_pipeline(self, pp_rank: int, make_schedule: Callable[..., Schedule1F1B]) -> None:
         """Make the schedule, and the group of the two stages that hold the tied embedding."""
         # shapes are given: finding them out by a trial run hangs where stages hold DTensors (torch 2.13 on gloo)
         between = torch.empty(1, SEQ // self.tp, HIDDEN, requires_grad=True)
@@ -75,7 +76,7 @@ class Plain:
         gives = torch.empty(1, SEQ, VOCAB // self.tp, requires_grad=True) if self.stage.last else between
         stage = PipelineStage(self.stage, pp_rank, self.pp, torch.device("cpu"), group=self.mesh.get_group("pp"),
                               input_args=(takes,), output_args=(gives,))
-        self.schedule = Schedule1F1B(stage, self.own_batch, loss_fn=self.loss)
+        self.schedule = make_schedule(stage, self.own_batch, loss_fn=self.loss)
         ranks = self.mesh.mesh[[0, -1]].flatten(1).T.tolist()  # of every (dp, tp): its rank on the two end stages
         self.ends, _ = dist.new_subgroups_by_enumeration(ranks)
         if self.stage.first or self.stage.last:

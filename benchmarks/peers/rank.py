@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from work import WARM_UP, Work, peak_memory, timed
 
-PROGRAMS = {"plain": "plain", "fsdp2": "fsdp2", "deepspeed": "zero_deepspeed", "accelerate": "gpt2_accelerate"}
+PROGRAMS = {"plain": "plain", "zero_bubble": "zero_bubble", "fsdp2": "fsdp2", "deepspeed": "zero_deepspeed",
+            "accelerate": "gpt2_accelerate"}
 
 
 def main() -> None:

@@ -30,12 +30,13 @@ class Patience:
     longest_rung_s: float = 20e-3
 
     def wait(self, is_complete: Callable[[], bool], timeout_s: float, message: bool,
-             bells: Bells | None = None) -> None:
+             bells: Bells | None = None, beside: bool = False) -> None:
         """Return once `is_complete()`; raise TimeoutError after `timeout_s`.
 
-        `message`: of two ranks only. `bells`: who brings what is waited for rings.
+        `message`: of two ranks only. `bells`: who brings what is waited for rings. `beside`: nobody rings for something
+        else, which `is_complete` moves too.
         """
-        start = time.monotonic()
+        start, longest_s = time.monotonic(), self.longest_s if beside else self.longest_rung_s
         for _ in range(min(self.polls, 20 if bells else 100 if message else self.polls)):
             if is_complete():
                 return
@@ -45,6 +46,6 @@ class Patience:
             if waited > timeout_s:
                 raise TimeoutError(f"an MPI operation did not complete in {timeout_s:g} s: other ranks did not arrive")
             if bells:
-                bells.sleep(is_complete, min(max(waited, self.longest_s), self.longest_rung_s))
+                bells.sleep(is_complete, min(max(waited, self.longest_s), longest_s))
             else:
                 time.sleep(min(max(waited / (10 if message else 50), self.sleep_s), self.longest_s))

@@ -64,6 +64,7 @@ class Home:
     patience: Patience
     observer: Observer
     lanes: list[Lanes] = field(default_factory=list)  # of all groups that have any
+    unrung: set[MPIWork] = field(default_factory=set)  # in flight, and nobody rings for it
 
     def progress(self) -> None:
         """Go on with whatever is in flight elsewhere than in what this rank waits for."""
@@ -100,6 +101,8 @@ class MPIWork(dist.Work):
         self._outputs, self._timeout, self._in_flight = outputs, timeout, in_flight
         rung = peer in home.on_host or all(isinstance(request, Ticket) for request in self._requests)
         self._bells = home.bells if rung else None
+        if self._bells is None:
+            home.unrung.add(self)
         self._status = MPI.Status()
         in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request
 
@@ -119,6 +122,7 @@ class MPIWork(dist.Work):
                 finish()
             self._finish, self._buffers = [], []
             self._in_flight.discard(self)
+            self._home.unrung.discard(self)
             self._home.observer.end(self._number)
             self._home.ring_rank(self._peer)
         return complete
@@ -128,7 +132,7 @@ class MPIWork(dist.Work):
         if self._requests:
             self._home.observer.wait(self._number)
         timeout_s = (timeout or self._timeout).total_seconds()
-        self._home.patience.wait(self._poll, timeout_s, self._peer >= 0, self._bells)
+        self._home.patience.wait(self._poll, timeout_s, self._peer >= 0, self._bells, bool(self._home.unrung))
         return True
 
     def _poll(self) -> bool:

@@ -1,0 +1,90 @@
+"""How long a rank that waits sleeps at a time, with others that ring and without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hpcpar.comm.mpi_patience import Patience
+from hpcpar.comm.mpi_work import Home, MPIWork, Nobody
+
+PATIENCE = Patience(polls=1, longest_s=1e-3, longest_rung_s=8e-3)
+HERE, ELSEWHERE = 3, 9  # global ranks: of this host, and of another
+
+
+class Bells:
+    """Nobody rings; says how long each sleep might have been."""
+
+    def __init__(self) -> None:
+        self.sleeps: list[float] = []
+
+    def sleep(self, is_over: Callable[[], bool], longest_s: float) -> None:
+        self.sleeps.append(longest_s)
+        if not is_over():
+            time.sleep(longest_s)
+
+
+class Request:
+    """A message on its way."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+
+    def Test(self, status: object = None) -> bool:
+        return self.arrived
+
+
+class Recorded(Patience):
+    """Tells how it was asked to wait."""
+
+    asked: tuple[object, ...] = ()
+
+    def wait(self, is_complete: Callable[[], bool], timeout_s: float, *asked: Any) -> None:
+        object.__setattr__(self, "asked", asked)
+
+
+def sleeps(beside: bool) -> list[float]:
+    bells: Any = Bells()
+    PATIENCE.wait(lambda: len(bells.sleeps) > 12, 60, True, bells, beside)
+    return bells.sleeps  # type: ignore[no-any-return]
+
+
+def test_a_wait_that_is_rung_sleeps_as_long_as_it_has_lasted() -> None:
+    found = sleeps(beside=False)
+    assert 1e-3 <= found[0] <= found[-1] == 8e-3 and found == sorted(found)
+
+
+def test_what_moves_only_when_looked_at_is_looked_at() -> None:
+    assert set(sleeps(beside=True)) == {1e-3}
+
+
+def test_a_wait_knows_what_else_is_in_flight() -> None:
+    bells: Any = Bells()
+    world: Any = SimpleNamespace(Iprobe=lambda: False)
+    patience = Recorded()
+    home = Home(world, {HERE: 1}, bells, patience, Nobody())
+
+    def message(peer: int) -> tuple[MPIWork, Request]:
+        request: Any = Request()
+        return MPIWork([(request, None, None)], [], home, timedelta(seconds=1), set(), 0, peer), request
+
+    (near, _), (far, far_request) = message(HERE), message(ELSEWHERE)
+    near.wait()
+    assert patience.asked == (True, bells, True)
+    far.wait()
+    assert patience.asked == (True, None, True)
+    far_request.arrived = True
+    assert far.is_completed() and not home.unrung
+    near.wait()
+    assert patience.asked == (True, bells, False)
+
+
+def test_a_wait_ends_with_its_time() -> None:
+    bells: Any = Bells()
+    with pytest.raises(TimeoutError, match=r"did not complete in 0\.01 s"):
+        PATIENCE.wait(lambda: False, 0.01, True, bells)
