@@ -114,6 +114,7 @@ class Lanes:
             turn.put(self._slots[number % 2][self._rank])
         self._fence()
         self._num_arrived = self._arrived[self._rank] = number
+        self._fence()  # of two that come last, one must see it
         if min(self._arrived.tolist()) >= number:
             self._wake(number)
         return True
@@ -137,6 +138,7 @@ class Lanes:
 
         Everyone who takes it rings: the first that wakes may push who woke it off its core before the others are rung.
         """
+        self._fence()
         taken = self._taken.tolist()
         late = [rank for rank, turn in enumerate(taken) if turn < number]
         self._ring([rank for rank in late or range(len(taken)) if rank != self._rank])

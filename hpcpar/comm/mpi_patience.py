@@ -21,7 +21,8 @@ class Patience:
     make small all-reduces 2.5 times as long there, 300 cost nothing measurable. Between two ranks nobody else waits, so
     a wait for a message sleeps a tenth of what it has lasted: 8 pipeline stages on 2 cores take 2.0 s a step instead of
     2.6. Collectives do not bear a tenth (8 tp ranks 4.2 s, not 2.8): theirs is a fiftieth. Where who brings what is
-    waited for rings, a sleep may last as long as the wait already has: only a byte that was missed makes it longer.
+    waited for rings, a sleep may last as long as the wait already has: only a byte that was missed makes it longer; but
+    while something is in flight for which nobody rings, no longer than others' do.
     """
 
     polls: int = 300

@@ -59,12 +59,13 @@ class Home:
     """What the groups of a process have in common."""
 
     world: MPI.Intracomm
+    rank: int  # in `world`
     on_host: Mapping[int, int]  # ranks of `world` that share memory with this one, and their indices there
     bells: Bells | None  # by these indices
     patience: Patience
     observer: Observer
     lanes: list[Lanes] = field(default_factory=list)  # of all groups that have any
-    unrung: set[MPIWork] = field(default_factory=set)  # in flight, and nobody rings for it
+    unrung: set[MPIWork] = field(default_factory=set)  # not seen complete, and nobody rings for all of it
 
     def progress(self) -> None:
         """Go on with whatever is in flight elsewhere than in what this rank waits for."""
@@ -99,9 +100,10 @@ class MPIWork(dist.Work):
         self._finish = [step[1] for step in steps if step[1]]
         self._buffers: list[object] = [step[2] for step in steps]
         self._outputs, self._timeout, self._in_flight = outputs, timeout, in_flight
-        rung = peer in home.on_host or all(isinstance(request, Ticket) for request in self._requests)
-        self._bells = home.bells if rung else None
-        if self._bells is None:
+        in_lanes = all(isinstance(request, Ticket) for request in self._requests)
+        from_here = peer in home.on_host and peer != home.rank  # one's own rank stands for anyone
+        self._bells = home.bells if in_lanes or from_here else None
+        if self._bells is None or not (in_lanes or self._bells.direct):
             home.unrung.add(self)
         self._status = MPI.Status()
         in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request

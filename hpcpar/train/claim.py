@@ -40,7 +40,7 @@ def claimed(folder: RunFolder, host: str, look_s: float = LOOK_S) -> Iterator[No
         if _claim(folder.running) == found:
             _take_away(folder, found)
     ended = threading.Event()
-    beats = threading.Thread(target=_beat, args=(folder.running, ended, look_s), name="claim", daemon=True)
+    beats = threading.Thread(target=_beat, args=(folder.running, mine, ended, look_s), name="claim", daemon=True)
     beats.start()
     try:
         yield
@@ -64,10 +64,12 @@ def refuse_if_running(folder: RunFolder, look_s: float = LOOK_S) -> None:
                         "--run folder")
 
 
-def _beat(path: Path, ended: threading.Event, look_s: float) -> None:
-    """Touch the claim till the end, so that other hosts see it alive however long a step takes."""
+def _beat(path: Path, mine: dict[str, Any], ended: threading.Event, look_s: float) -> None:
+    """Touch one's own claim till the end, so that other hosts see it alive however long a step takes."""
     while not ended.wait(look_s):
-        with suppress(OSError):  # a full disk, or a folder that somebody deleted, is told by what needs it
+        with suppress(OSError):  # a file system that fails is told by what needs it
+            if _claim(path) != mine:
+                return  # deleted, or of a start that took this run for dead while its machine stood still
             os.utime(path)
 
 

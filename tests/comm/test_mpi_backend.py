@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
@@ -12,6 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
+
+from hpcpar.comm.mpi_backend import register
+from hpcpar.comm.mpi_patience import Patience
 
 pytestmark = pytest.mark.mpi
 
@@ -70,6 +74,33 @@ def test_reductions(world: SimpleNamespace, dtype: torch.dtype, layout: Callable
         dist.reduce(rooted, world.size - 1, op)
         if world.rank == world.size - 1:
             torch.testing.assert_close(rooted, answer.to(dtype))
+
+
+def test_whatever_is_waited_for_is_rung(world: SimpleNamespace) -> None:
+    """Who is not woken sleeps a minute here."""
+    register("mpi4py_rung", patience=Patience(polls=1, longest_s=60, longest_rung_s=60))
+    group: Any = dist.new_group(backend="mpi4py_rung")
+    bells = group._home.bells
+    if bells is None:
+        pytest.skip("no shared memory, or no sockets without a file")
+    small, large, whole = torch.ones(8), torch.ones(1 << 20), group.shared(world.size << 12, torch.float32)
+    own, after, before = torch.empty(1 << 12), (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    start = time.monotonic()
+    for turn in range(30):
+        time.sleep(0.001 * ((world.rank + turn) % world.size))  # another comes last each time
+        dist.barrier(group)
+        for tensor in (small, large):
+            dist.all_reduce(tensor, Op.MAX, group)
+        whole.fill_(1)
+        dist.reduce_scatter_tensor(own, whole, group=group)
+        assert own[0] == world.size
+        for to, source in ((after, before), (before, after)) if bells.direct else ():
+            works = [dist.isend(large, to, group), dist.irecv(torch.empty_like(large), source, group)]
+            for work in works:
+                assert work is not None
+                work.wait()
+    assert time.monotonic() - start < 55
+    dist.destroy_process_group(group)
 
 
 def test_bits_and_bool(world: SimpleNamespace) -> None:

@@ -14,14 +14,18 @@ from hpcpar.comm.mpi_patience import Patience
 from hpcpar.comm.mpi_work import Home, MPIWork, Nobody
 
 PATIENCE = Patience(polls=1, longest_s=1e-3, longest_rung_s=8e-3)
-HERE, ELSEWHERE = 3, 9  # global ranks: of this host, and of another
+OWN, HERE, ELSEWHERE = 2, 3, 9  # global ranks: this one, one of this host, and one of another
 
 
 class Bells:
     """Nobody rings; says how long each sleep might have been."""
 
-    def __init__(self) -> None:
+    def __init__(self, direct: bool = True) -> None:
         self.sleeps: list[float] = []
+        self.direct = direct
+
+    def ring(self, indices: object) -> None:
+        pass
 
     def sleep(self, is_over: Callable[[], bool], longest_s: float) -> None:
         self.sleeps.append(longest_s)
@@ -63,17 +67,23 @@ def test_what_moves_only_when_looked_at_is_looked_at() -> None:
     assert set(sleeps(beside=True)) == {1e-3}
 
 
-def test_a_wait_knows_what_else_is_in_flight() -> None:
-    bells: Any = Bells()
+def home_with(bells: Any) -> Home:
     world: Any = SimpleNamespace(Iprobe=lambda: False)
-    patience = Recorded()
-    home = Home(world, {HERE: 1}, bells, patience, Nobody())
+    return Home(world, OWN, {OWN: 0, HERE: 1}, bells, Recorded(), Nobody())
 
-    def message(peer: int) -> tuple[MPIWork, Request]:
-        request: Any = Request()
-        return MPIWork([(request, None, None)], [], home, timedelta(seconds=1), set(), 0, peer), request
 
-    (near, _), (far, far_request) = message(HERE), message(ELSEWHERE)
+def message(home: Home, peer: int) -> tuple[MPIWork, Request]:
+    request: Any = Request()
+    return MPIWork([(request, None, None)], [], home, timedelta(seconds=1), set(), 0, peer), request
+
+
+@pytest.mark.parametrize("peer", [OWN, ELSEWHERE])
+def test_a_wait_knows_what_else_is_in_flight(peer: int) -> None:
+    """OWN stands for a message from anyone."""
+    bells = Bells()
+    home = home_with(bells)
+    patience: Any = home.patience
+    (near, _), (far, far_request) = message(home, HERE), message(home, peer)
     near.wait()
     assert patience.asked == (True, bells, True)
     far.wait()
@@ -82,6 +92,17 @@ def test_a_wait_knows_what_else_is_in_flight() -> None:
     assert far.is_completed() and not home.unrung
     near.wait()
     assert patience.asked == (True, bells, False)
+
+
+def test_messages_that_need_their_sender_are_looked_at() -> None:
+    bells = Bells(direct=False)
+    home = home_with(bells)
+    patience: Any = home.patience
+    near, request = message(home, HERE)
+    near.wait()
+    assert patience.asked == (True, bells, True)
+    request.arrived = True
+    assert near.is_completed() and not home.unrung
 
 
 def test_a_wait_ends_with_its_time() -> None:

@@ -104,7 +104,7 @@ def test_a_run_on_another_host_shows_by_what_it_writes(folder: RunFolder) -> Non
 
 def test_a_run_elsewhere_that_writes_nothing_else_shows_by_its_claim(folder: RunFolder,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    with claimed(folder, "there", LOOK_S):  # one process in a step that takes an hour: no metrics, no witness
+    with claimed(folder, "there", LOOK_S / 10):  # one process in a step that takes an hour: no metrics, no witness
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr("hpcpar.train.claim.process_table", lambda: "of another boot")
             with pytest.raises(UserError, match=r"another run is at work in it: process .* on there"):
@@ -112,7 +112,17 @@ def test_a_run_elsewhere_that_writes_nothing_else_shows_by_its_claim(folder: Run
         assert not folder.metrics.exists() and not list(folder.watch.iterdir())
         folder.running.unlink()  # by hand: neither the beats nor the end make it anew
         time.sleep(3 * LOOK_S)
-    assert not folder.running.exists() and threading.active_count() == 1
+    assert not folder.running.exists() and not any(thread.name == "claim" for thread in threading.enumerate())
+
+
+def test_a_claim_that_another_start_took_is_not_touched(folder: RunFolder) -> None:
+    with claimed(folder, "here", LOOK_S):
+        folder.running.write_text(THERE)
+        time.sleep(3 * LOOK_S)  # a beat that was under way is over
+        written = folder.running.stat().st_mtime_ns
+        time.sleep(3 * LOOK_S)
+        assert folder.running.stat().st_mtime_ns == written
+    assert folder.running.read_text() == THERE
 
 
 STARTER = """
