@@ -17,7 +17,7 @@ hpcpar data build "${text[@]}" --out $store --vocab 2048
 rm -rf $run
 
 say "2. training on 8 ranks: tp 2 x pp 2 x dp 2; after step 120 somebody creates $run/STOP"
-( until [ "$(grep -c '"loss"' $run/metrics.jsonl 2>/dev/null)" -ge 120 ]; do sleep 0.5; done; touch $run/STOP ) &
+( until [ "$(cat $run/metrics.jsonl 2>/dev/null | grep -c '"loss"')" -ge 120 ]; do sleep 0.5; done; touch $run/STOP ) &
 code=0
 mpirun -n 8 hpcpar train $job || code=$?
 wait
