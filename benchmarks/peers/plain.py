@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ def apply_tensor_parallelism(stage: GPT, mesh: DeviceMesh) -> None:
 class Plain:
     """A rank of the plain program."""
 
-    def __init__(self, work: Work, weights: Weights, make_schedule: Callable[..., Schedule1F1B] = Schedule1F1B):
+    def __init__(self, work: Work, weights: Weights, make_schedule: Callable[..., Any] = Schedule1F1B):
         tp, pp, dp, _, self.batch = work
         self.mesh = init_device_mesh("cpu", (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
         self.tp, self.pp, self.dp, self.own_batch = tp, pp, dp, work.own_batch
@@ -68,7 +69,7 @@ class Plain:
         self.model: nn.Module = DistributedDataParallel(self.stage) if dp > 1 and tp * pp == 1 else self.stage
         self.optimizer = adamw(self.stage)
 
-    def _open_pipeline(self, pp_rank: int, make_schedule: Callable[..., Schedule1F1B]) -> None:
+    def _open_pipeline(self, pp_rank: int, make_schedule: Callable[..., Any]) -> None:
         """Make the schedule, and the group of the two stages that hold the tied embedding."""
         # shapes are given: finding them out by a trial run hangs where stages hold DTensors (torch 2.13 on gloo)
         between = torch.empty(1, SEQ // self.tp, HIDDEN, requires_grad=True)

@@ -75,7 +75,7 @@ def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: 
     world = comm or MPI.COMM_WORLD
     neighbours = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
     on_host = {rank: index for index, rank in enumerate(neighbours.allgather(world.rank))}
-    home = Home(world, world.rank, on_host, open_bells(neighbours), patience or Patience(), observer or Nobody())
+    home = Home(world, on_host, open_bells(neighbours), patience or Patience(), observer or Nobody())
     neighbours.Free()
 
     def create(options: Any, pg_options: object) -> MPIProcessGroup:

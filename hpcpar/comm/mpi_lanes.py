@@ -130,6 +130,7 @@ class Lanes:
         self._waiting.popleft().take(self._slots[number % 2])
         self._fence()
         self.num_taken = self._taken[self._rank] = number
+        self._fence()
         self._wake(number)
         return True
 
@@ -138,7 +139,6 @@ class Lanes:
 
         Everyone who takes it rings: the first that wakes may push who woke it off its core before the others are rung.
         """
-        self._fence()
         taken = self._taken.tolist()
         late = [rank for rank, turn in enumerate(taken) if turn < number]
         self._ring([rank for rank in late or range(len(taken)) if rank != self._rank])

@@ -59,7 +59,6 @@ class Home:
     """What the groups of a process have in common."""
 
     world: MPI.Intracomm
-    rank: int  # in `world`
     on_host: Mapping[int, int]  # ranks of `world` that share memory with this one, and their indices there
     bells: Bells | None  # by these indices
     patience: Patience
@@ -101,7 +100,7 @@ class MPIWork(dist.Work):
         self._buffers: list[object] = [step[2] for step in steps]
         self._outputs, self._timeout, self._in_flight = outputs, timeout, in_flight
         in_lanes = all(isinstance(request, Ticket) for request in self._requests)
-        from_here = peer in home.on_host and peer != home.rank  # one's own rank stands for anyone
+        from_here = peer in home.on_host and peer != home.world.rank  # one's own rank stands for anyone
         self._bells = home.bells if in_lanes or from_here else None
         if self._bells is None or not (in_lanes or self._bells.direct):
             home.unrung.add(self)

@@ -68,8 +68,8 @@ def test_what_moves_only_when_looked_at_is_looked_at() -> None:
 
 
 def home_with(bells: Any) -> Home:
-    world: Any = SimpleNamespace(Iprobe=lambda: False)
-    return Home(world, OWN, {OWN: 0, HERE: 1}, bells, Recorded(), Nobody())
+    world: Any = SimpleNamespace(rank=OWN, Iprobe=lambda: False)
+    return Home(world, {OWN: 0, HERE: 1}, bells, Recorded(), Nobody())
 
 
 def message(home: Home, peer: int) -> tuple[MPIWork, Request]:
