@@ -22,7 +22,8 @@ Rules that callers keep: all ranks of a group call its collectives in the same o
 its work is waited for. The same call gives the same bits in every run with the same MPI library.
 
 Groups whose ranks are all on one host do the collectives that training is made of in shared memory (`mpi_shared`);
-`MPIProcessGroup.shared` gives memory in which they copy nothing at all. Everything else is MPI's.
+`MPIProcessGroup.shared` gives memory in which they copy nothing at all. Messages between ranks of a host go through the
+sender's memory (`mpi_outbox`). Everything else is MPI's.
 """
 
 # ruff: noqa: D102 - the operations are torch's, and so are their descriptions
@@ -55,6 +56,7 @@ from .mpi_buffers import (
     send_from,
     store,
 )
+from .mpi_outbox import Incoming, open_mail
 from .mpi_patience import Patience
 from .mpi_shared import OneHost
 from .mpi_work import Home, MPIWork, Nobody, Observer, Step
@@ -75,7 +77,9 @@ def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: 
     world = comm or MPI.COMM_WORLD
     neighbours = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
     on_host = {rank: index for index, rank in enumerate(neighbours.allgather(world.rank))}
-    home = Home(world, on_host, open_bells(neighbours), patience or Patience(), observer or Nobody())
+    bells = open_bells(neighbours)
+    mail = open_mail(neighbours, on_host, bells)
+    home = Home(world, on_host, bells, mail, patience or Patience(), observer or Nobody())
     neighbours.Free()
 
     def create(options: Any, pg_options: object) -> MPIProcessGroup:
@@ -283,13 +287,21 @@ class MPIProcessGroup(NamedGroup):
     def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
         flat = flatten(tensor)
-        request = self._comm.Isend(as_bytes(flat), dst_rank, tag)
+        mail = self._home.mail
+        if mail and self._ranks[dst_rank] in mail.files:
+            request = mail.send(self._comm, flat, dst_rank, tag)
+        else:
+            request = self._comm.Isend(as_bytes(flat), dst_rank, tag)
         return self._work("send", flat.nbytes, [(request, None, flat)], [], peer=dst_rank)
 
     def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
         flat = flatten(tensor)
-        request = self._comm.Irecv(as_bytes(flat), src_rank, tag)
+        mail = self._home.mail
+        if mail and (src_rank < 0 or self._ranks[src_rank] in mail.files):
+            request = Incoming(mail, self._comm, self._ranks, flat, src_rank, tag)
+        else:
+            request = self._comm.Irecv(as_bytes(flat), src_rank, tag)
         return self._work("recv", flat.nbytes, [(request, lambda: store(tensor, flat), flat)], tensors, peer=src_rank)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:

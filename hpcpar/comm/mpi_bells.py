@@ -3,28 +3,21 @@
 A rank that looks again and again whether the others have come takes the cores on which they compute. Here it says in
 memory that all have mapped that it sleeps, looks a last time, and waits on a socket; who brings what may end the wait
 looks who sleeps, and sends those a byte. A byte that is missed costs no more than the sleep's longest time.
-
-A message is brought by MPI itself, at once where a rank may read another's memory. Where it may not (containers, Yama's
-ptrace_scope), sender and receiver must look in turn for every few KiB, and nobody rings between: `direct` tells which.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 import select
 import socket
-import threading
-import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
 
 from mpi4py import MPI
 
-from .mpi_memory import map_together
+from .mpi_memory import Fence, map_together
 
 _LINE = 8  # words in a cache line
-_PROBE_BYTES, _PROBE_S = 1 << 20, 0.25  # a message that no MPI library sends before it is asked for
 
 
 class Bells:
@@ -35,8 +28,7 @@ class Bells:
         self._own, self._index, self._addresses = own, index, addresses
         self._out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._out.setblocking(False)
-        self._lock = threading.Lock()
-        self.direct = False  # whether long messages arrive while their sender sleeps; `probe` finds out
+        self._fence = Fence()
 
     def sleep(self, is_over: Callable[[], bool], longest_s: float) -> None:
         """Return when somebody rings, at the latest after `longest_s`, or at once if it is over by now."""
@@ -69,31 +61,6 @@ class Bells:
         while select.select([self._own], [], [], 0)[0]:
             self._own.recv(1)
 
-    def probe(self, comm: MPI.Comm) -> None:
-        """Find out about `direct` with a neighbour; all ranks of the host call, and nobody else rings meanwhile."""
-        neighbour = self._index ^ 1
-        if neighbour >= len(self._addresses):
-            return
-        data = bytearray(_PROBE_BYTES)
-        if self._index < neighbour:
-            request = comm.Isend(data, neighbour)
-            self.direct = bool(select.select([self._own], [], [], _PROBE_S)[0])  # meanwhile MPI is not called
-            self.drain()
-        else:
-            request, until = comm.Irecv(data, neighbour), time.monotonic() + _PROBE_S
-            while not self.direct and time.monotonic() < until:
-                self.direct = request.Test()
-                os.sched_yield()
-            if self.direct:
-                self.send(neighbour)
-        request.Wait()
-
-    def _fence(self) -> None:
-        """Order what was written before and what is read after."""
-        for _ in range(2):
-            with self._lock:
-                pass
-
 
 def open_bells(comm: MPI.Comm) -> Bells | None:
     """Make the bells of the ranks of `comm`, all on this host; all of them call. None for all: ranks must look again.
@@ -116,7 +83,4 @@ def open_bells(comm: MPI.Comm) -> Bells | None:
     bells = Bells(memory, own, comm.rank, addresses)
     reached = comm.allreduce(int(all(bells.send(rank) for rank in range(comm.size))), MPI.MIN)
     bells.drain()
-    if not reached:
-        return None
-    bells.probe(comm)
-    return bells
+    return bells if reached else None

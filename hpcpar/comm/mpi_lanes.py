@@ -13,14 +13,13 @@ With its arrival a rank may leave a word: `agreed` is what the words of all, as 
 MPI needs log(size) to size rounds for a collective, and a copy in each; with more ranks than cores every round waits
 for the scheduler. Here it is one round.
 
-Memory order: the counters are plain 8-byte words; `Lanes._fence` keeps data and counter in order on every processor.
+Memory order: the counters are plain 8-byte words; a `Fence` keeps data and counter in order on every processor.
 """
 
 from __future__ import annotations
 
 import mmap
 import operator
-import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from .mpi_memory import map_together
+from .mpi_memory import Fence, map_together
 
 Ring = Callable[[Sequence[int]], None]  # wakes those of these ranks of the group that sleep
 _HEAD_BYTES, _LINE = 256, 8  # a cache line for each counter, for the meanings and the words; words in a line
@@ -75,7 +74,7 @@ class Lanes:
         self._num_begun = self._num_arrived = self.num_taken = 0
         self._waiting: deque[Turn] = deque()  # not yet taken, the oldest first
         self._held: set[int] = set()  # numbers of turns that are over when all have taken
-        self._lock = threading.Lock()
+        self._fence = Fence()
 
     def begin(self, meaning: str, turns: Sequence[Turn]) -> Ticket:
         """Start turns, as far as they go without waiting; they end if `meaning` is equal on all ranks."""
@@ -152,12 +151,6 @@ class Lanes:
                 return False
             self._held.discard(number)
         return True
-
-    def _fence(self) -> None:
-        """Order all that was read and written before against all that comes after: a release, then an acquire."""
-        for _ in range(2):
-            with self._lock:
-                pass
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import uuid
 from pathlib import Path
 
 from mpi4py import MPI
 
 _FOLDER = Path("/dev/shm")
+
+
+class Fence:
+    """Orders all that was read and written before a call against all that comes after: a release, then an acquire."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        """Be a full fence: Python has no other portable one."""
+        for _ in range(2):
+            with self._lock:
+                pass
 
 
 def map_together(comm: MPI.Comm, num_bytes: int, spare: float = 0.0) -> mmap.mmap | None:

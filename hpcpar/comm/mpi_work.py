@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .mpi_bells import Bells
 from .mpi_lanes import Lanes, Ticket
+from .mpi_outbox import Incoming, Mail, Outgoing
 from .mpi_patience import Patience
 
 # A request in flight, what is left to do once it is complete, and its buffers: mpi4py does not keep a tensor's memory
 # alive until then (seen on Open MPI: a copy freed too early is sent as whatever was allocated in its place).
-Step = tuple[MPI.Request | Ticket, Callable[[], object] | None, object]
+Step = tuple[MPI.Request | Ticket | Outgoing | Incoming, Callable[[], object] | None, object]
 
 
 class Observer(Protocol):
@@ -61,6 +62,7 @@ class Home:
     world: MPI.Intracomm
     on_host: Mapping[int, int]  # ranks of `world` that share memory with this one, and their indices there
     bells: Bells | None  # by these indices
+    mail: Mail | None  # for messages between them
     patience: Patience
     observer: Observer
     lanes: list[Lanes] = field(default_factory=list)  # of all groups that have any
@@ -71,6 +73,8 @@ class Home:
         for lanes in self.lanes:
             if not lanes.idle:
                 lanes.advance()
+        if self.mail:
+            self.mail.progress()
         self.world.Iprobe()  # MPI goes on in every call
 
     def ring(self, indices: Collection[int]) -> None:
@@ -102,7 +106,7 @@ class MPIWork(dist.Work):
         in_lanes = all(isinstance(request, Ticket) for request in self._requests)
         from_here = peer in home.on_host and peer != home.world.rank  # one's own rank stands for anyone
         self._bells = home.bells if in_lanes or from_here else None
-        if self._bells is None or not (in_lanes or self._bells.direct):
+        if self._bells is None or not (in_lanes or home.mail):
             home.unrung.add(self)
         self._status = MPI.Status()
         in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request

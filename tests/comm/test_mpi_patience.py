@@ -20,9 +20,8 @@ OWN, HERE, ELSEWHERE = 2, 3, 9  # global ranks: this one, one of this host, and 
 class Bells:
     """Nobody rings; says how long each sleep might have been."""
 
-    def __init__(self, direct: bool = True) -> None:
+    def __init__(self) -> None:
         self.sleeps: list[float] = []
-        self.direct = direct
 
     def ring(self, indices: object) -> None:
         pass
@@ -67,9 +66,11 @@ def test_what_moves_only_when_looked_at_is_looked_at() -> None:
     assert set(sleeps(beside=True)) == {1e-3}
 
 
-def home_with(bells: Any) -> Home:
+def home_with(bells: Any, memory: bool = True) -> Home:
+    """`memory`: whether messages between ranks of the host go through it."""
     world: Any = SimpleNamespace(rank=OWN, Iprobe=lambda: False)
-    return Home(world, {OWN: 0, HERE: 1}, bells, Recorded(), Nobody())
+    mail: Any = SimpleNamespace(progress=lambda: None) if memory else None
+    return Home(world, {OWN: 0, HERE: 1}, bells, mail, Recorded(), Nobody())
 
 
 def message(home: Home, peer: int) -> tuple[MPIWork, Request]:
@@ -95,8 +96,8 @@ def test_a_wait_knows_what_else_is_in_flight(peer: int) -> None:
 
 
 def test_messages_that_need_their_sender_are_looked_at() -> None:
-    bells = Bells(direct=False)
-    home = home_with(bells)
+    bells = Bells()
+    home = home_with(bells, memory=False)
     patience: Any = home.patience
     near, request = message(home, HERE)
     near.wait()
