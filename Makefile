@@ -28,7 +28,7 @@ demo: $(DEMO_READY)  ## train a 10M GPT on the Python library's text at tp 2 x p
 test: $(TEST_READY) test-one test-ranks  ## the whole suite: file by file, then on 8 ranks (about 20 minutes, 2 cores)
 
 test-one: $(TEST_READY)  ## the part that needs no ranks, and what starts its own
-	$(BIN)python -m pytest -q --numprocesses 2 --dist loadfile --ignore tests/slurm tests
+	$(BIN)python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm tests  # as they come: long ones first
 	$(BIN)python -m pytest -q tests/slurm  # by itself: its daemons and ranks want the cores
 
 test-ranks: $(TEST_READY)  ## the part that runs on 8 ranks

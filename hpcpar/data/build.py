@@ -31,7 +31,7 @@ import numpy as np
 from hpcpar.data.inputs import InputFile, Part, cut_inputs, is_binary, list_inputs, read_segment
 from hpcpar.data.progress import Progress
 from hpcpar.data.store import FORMAT, StoreInfo, TokenStore, token_dtype
-from hpcpar.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from hpcpar.data.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_tokenizer
 from hpcpar.errors import RunError, UserError
 
 DEFAULT_VOCAB = 32768
@@ -71,14 +71,16 @@ def build(
     report = Progress(progress)
     if vocab is not None and tokenizer is not None:
         raise UserError("--vocab", "says how to train a tokenizer, and --tokenizer gives one", "drop one of the two")
+    size = DEFAULT_VOCAB if vocab is None else vocab
+    check_vocab(size)  # before hours of reading
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     files = list_inputs(paths, skip=out)
-    key = _inputs_key(files, given.fingerprint if given else f"train {vocab or DEFAULT_VOCAB}", limit_bytes)
+    key = _inputs_key(files, given.fingerprint if given else f"train {size}", limit_bytes)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         return _up_to_date(out, key, report)
     with _workplace(out, key, report) as work:
         parts = cut_inputs(files, limit_bytes)
-        words = _settle_tokenizer(work, given, vocab or DEFAULT_VOCAB, parts, report)
+        words = _settle_tokenizer(work, given, size, parts, report)
         results = _encode_parts(work, parts, words, workers or len(os.sched_getaffinity(0)), report)
         readable = any(result.num_tokens for result in results)
         if readable:

@@ -53,6 +53,12 @@ class Tokenizer:
         return hashlib.sha256(self.to_json()).hexdigest()
 
 
+def check_vocab(vocab: int) -> None:
+    """Raise UserError unless a byte-level tokenizer can be that small."""
+    if vocab < SMALLEST_VOCAB:
+        raise UserError("--vocab", f"{vocab} cannot hold the 256 bytes and the end token", f"at least {SMALLEST_VOCAB}")
+
+
 def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     """Train a byte-level BPE with up to `vocab` tokens; the end token has the last id.
 
@@ -61,8 +67,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab < SMALLEST_VOCAB:
-        raise UserError("--vocab", f"{vocab} cannot hold the 256 bytes and the end token", f"at least {SMALLEST_VOCAB}")
+    check_vocab(vocab)
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

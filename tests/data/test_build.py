@@ -125,6 +125,8 @@ def test_bad_wishes_are_named(texts: Path, tmp_path: Path, store: TokenStore) ->
         build([tmp_path / "absent"], out, progress=False)
     with pytest.raises(UserError, match=r"--vocab: says how to train .*; drop one of the two"):
         build([texts], out, vocab=300, tokenizer=store.path / "tokenizer.json", progress=False)
+    with pytest.raises(UserError, match=r"--vocab: 100 cannot hold .*; at least 257"):
+        build([tmp_path], out, vocab=100, progress=False)  # before it looks for text
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "nothing.bin").write_bytes(b"\0")
     with pytest.raises(UserError, match=r"taken: no readable text there; name files or folders"):
