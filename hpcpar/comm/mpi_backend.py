@@ -19,7 +19,8 @@ Private or undocumented parts of torch that this leans on (tested on torch 2.11 
 - overridden on Work: `_source_rank`, `get_future`.
 
 Rules that callers keep: all ranks of a group call its collectives in the same order; a tensor is not touched before
-its work is waited for. The same call gives the same bits in every run with the same MPI library.
+its work is waited for; one thread at a time calls. The same call gives the same bits in every run with the same MPI
+library.
 
 Groups whose ranks are all on one host do the collectives that training is made of in shared memory (`mpi_shared`);
 `MPIProcessGroup.shared` gives memory in which they copy nothing at all. Messages between ranks of a host go through the
@@ -56,7 +57,7 @@ from .mpi_buffers import (
     send_from,
     store,
 )
-from .mpi_outbox import Incoming, open_mail
+from .mpi_outbox import open_mail
 from .mpi_patience import Patience
 from .mpi_shared import OneHost
 from .mpi_work import Home, MPIWork, Nobody, Observer, Step
@@ -114,7 +115,8 @@ class MPIProcessGroup(NamedGroup):
     """A process group whose operations are MPI's on `comm`, which it owns and frees in `shutdown()`.
 
     Every operation starts a non-blocking one and returns its `MPIWork`, already complete if `asyncOp` is off in the
-    options. Contiguous tensors are used where they lie; others, and 16-bit floats in MPI's reductions, through a copy.
+    options. Contiguous tensors are used where they lie; others, 16-bit floats in MPI's reductions, and what is sent to
+    ranks of this host, through a copy.
     """
 
     def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta, home: Home, ranks: Sequence[int]):
@@ -133,11 +135,9 @@ class MPIProcessGroup(NamedGroup):
             self._number = self._home.observer.group(self._group_desc or self._group_name, self._ranks)
         other = -1 if peer is None else self._global(peer)
         number = self._home.observer.begin(self._number, operation, num_bytes, other)
-        if peer is not None:
-            self._home.ring_rank(other)
         if len(self._in_flight) >= _MAX_UNWAITED:  # someone never waits for sends: let go of the complete ones
             for work in list(self._in_flight):
-                work.is_completed()
+                work.test()
         work = MPIWork(steps, outputs, self._home, self._timeout, self._in_flight, number, other)
         if opts is not None and not opts.asyncOp:
             work.wait()
@@ -286,20 +286,19 @@ class MPIProcessGroup(NamedGroup):
 
     def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
-        flat = flatten(tensor)
-        mail = self._home.mail
-        if mail and self._ranks[dst_rank] in mail.files:
-            request = mail.send(self._comm, flat, dst_rank, tag)
+        flat, peer, mail = flatten(tensor), self._ranks[dst_rank], self._home.mail
+        if mail and peer in mail.files:
+            step: Step = mail.send(self._comm, flat, dst_rank, tag), None, None
         else:
-            request = self._comm.Isend(as_bytes(flat), dst_rank, tag)
-        return self._work("send", flat.nbytes, [(request, None, flat)], [], peer=dst_rank)
+            step = self._comm.Isend(as_bytes(flat), dst_rank, tag), None, flat
+        self._home.ring_rank(peer)
+        return self._work("send", flat.nbytes, [step], [], peer=dst_rank)
 
     def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
-        flat = flatten(tensor)
-        mail = self._home.mail
+        flat, mail = flatten(tensor), self._home.mail
         if mail and (src_rank < 0 or self._ranks[src_rank] in mail.files):
-            request = Incoming(mail, self._comm, self._ranks, flat, src_rank, tag)
+            request: Any = mail.receive(self._comm, self._ranks, flat, src_rank, tag)
         else:
             request = self._comm.Irecv(as_bytes(flat), src_rank, tag)
         return self._work("recv", flat.nbytes, [(request, lambda: store(tensor, flat), flat)], tensors, peer=src_rank)

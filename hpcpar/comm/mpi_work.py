@@ -116,36 +116,43 @@ class MPIWork(dist.Work):
         """Whether the whole group takes part."""
         return self._peer < 0
 
-    def is_completed(self) -> bool:
+    def test(self) -> bool:
         """Return whether the operation is complete, finishing it if it just became so."""
         if not self._requests:
             return True
-        self._requests = [request for request in self._requests if not request.Test(self._status)]
-        complete = not self._requests
-        if complete:
-            for finish in self._finish:
-                finish()
-            self._finish, self._buffers = [], []
-            self._in_flight.discard(self)
-            self._home.unrung.discard(self)
-            self._home.observer.end(self._number)
-            self._home.ring_rank(self._peer)
-        return complete
+        try:
+            self._requests = [request for request in self._requests if not request.Test(self._status)]
+        except Exception:
+            self._land()
+            raise
+        if self._requests:
+            return False
+        for finish in self._finish:
+            finish()
+        self._finish, self._buffers = [], []
+        self._land()
+        self._home.observer.end(self._number)
+        return True
+
+    def _land(self) -> None:
+        """Be in flight no more."""
+        self._in_flight.discard(self)
+        self._home.unrung.discard(self)
+
+    def is_completed(self) -> bool:
+        """Return whether the operation is complete; if not, go on with the others, as MPI does in each of its calls."""
+        if self.test():
+            return True
+        self._home.progress()
+        return False
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Complete the operation; raise TimeoutError after `timeout` (0: the group's)."""
         if self._requests:
             self._home.observer.wait(self._number)
         timeout_s = (timeout or self._timeout).total_seconds()
-        self._home.patience.wait(self._poll, timeout_s, self._peer >= 0, self._bells, bool(self._home.unrung))
+        self._home.patience.wait(self.is_completed, timeout_s, self._peer >= 0, self._bells, bool(self._home.unrung))
         return True
-
-    def _poll(self) -> bool:
-        """Look whether the operation is complete; go on with the others, as MPI does in its own waits."""
-        if self.is_completed():
-            return True
-        self._home.progress()
-        return False
 
     def synchronize(self) -> None:
         self.wait()

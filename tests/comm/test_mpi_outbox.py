@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
+import time
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,11 +28,11 @@ LENGTHS = [0, 1, 23, 24, 4096, 100_003, 3 << 20]  # shorter and longer than the 
 
 
 def memory_bytes(outbox: Outbox) -> int:
-    return 512 * os.fstat(outbox.name[1]).st_blocks
+    return 512 * Path(outbox.name[0]).stat().st_blocks
 
 
 def test_blocks_are_used_again_and_never_twice_at_once() -> None:
-    outbox, choose = Outbox(), random.Random(7)
+    outbox, choose, starts = Outbox(), random.Random(7), set()
     lent: list[tuple[Block, bytes]] = []
     for turn in range(600):
         if len(lent) > 20 or (lent and choose.random() < 0.4):
@@ -39,49 +40,38 @@ def test_blocks_are_used_again_and_never_twice_at_once() -> None:
             got = bytearray(len(data))
             block.take(memoryview(got))
             assert got == data and not block.full
-            outbox.give_back(block)
         else:
             data = bytes([turn % 256]) * choose.choice(LENGTHS[:-1])
-            block = outbox.lend(len(data))
-            assert not block.full
-            block.put(memoryview(data))
+            block = outbox.put(memoryview(data))
+            assert block.full
             lent.append((block, data))
-    assert len({part_of(block.start, block.length) for block, _ in lent}) <= len(LENGTHS)
-    end = outbox._end
-    for _ in range(1000):
-        outbox.give_back(outbox.lend(4096))
-    assert outbox._end == end
+            starts.add(block.start)
+    assert len(starts) <= 2 * 22  # of two lengths, and never more than 22 in use
+    assert outbox.waiting_bytes >= sum(block.length for block, _ in lent)
 
 
 @pytest.mark.parametrize("kept", [1 << 24, 1 << 18])
-def test_only_long_blocks_give_their_memory_back(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_blocks_keep_so_much_memory_and_no_more(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpi_outbox, "_KEPT_BYTES", kept)
-    outbox, data = Outbox(), memoryview(bytes([1]) * (1 << 20))
-    for _ in range(2):
-        block = outbox.lend(len(data))
-        block.put(data)
+    outbox, data, got = Outbox(), memoryview(bytes([1]) * (1 << 20)), bytearray(10)
+    for _ in range(3):
+        block = outbox.put(data)
         assert memory_bytes(outbox) > len(data)
-        got = bytearray(10)
         block.take(memoryview(got))
         assert got == bytes(data[:10])
-        outbox.give_back(block)
+        outbox.put(data[:1]).take(memoryview(got)[:1])  # now it looks what is empty
         assert (memory_bytes(outbox) > len(data)) == (kept > len(data))
 
 
-@pytest.mark.parametrize("lengths", [(10, 1 << 25, 10, 1 << 27, 1 << 24), (1 << 26, 1, 1 << 25)])
+@pytest.mark.parametrize("lengths", [(10, 1 << 25, 10, 1 << 26, 1 << 24), (1 << 26, 1, 1 << 25)])
 def test_blocks_longer_than_a_mapping_lie_apart(lengths: tuple[int, ...]) -> None:
     outbox = Outbox()
-    blocks = [outbox.lend(length) for length in lengths]
+    blocks = [outbox.put(memoryview(bytearray(length))) for length in lengths]
     ends = sorted((block.start, block.start + block.length) for block in blocks)
     assert all(first[1] <= second[0] for first, second in pairwise(ends))
-    for mark, block in enumerate(blocks):
-        block.put(memoryview(bytes([mark, mark])))
-    for mark, block in enumerate(blocks):
+    for block, length in zip(blocks, lengths, strict=True):
         start, end = part_of(block.start, block.length)
-        assert start <= block.start and block.start + block.length <= end
-        got = bytearray(2)
-        block.take(memoryview(got))
-        assert got == bytes([mark, mark])
+        assert start <= block.start and block.start + block.length <= end and block.length > length
 
 
 # -- on 8 ranks
@@ -99,7 +89,8 @@ def group(world: SimpleNamespace, request: pytest.FixtureRequest,
     assert (home.mail is None) == (request.param == "mpi")
     if request.param == "two hosts":
         here = {rank: place for rank, place in home.on_host.items() if rank // 4 == world.rank // 4}
-        mail = replace(home.mail, files={rank: home.mail.files[rank] for rank in here})
+        mail = copy(home.mail)
+        mail.files = {rank: mail.files[rank] for rank in here}
         made._home = replace(home, on_host=here, mail=mail)
     yield made
     dist.destroy_process_group(made)
@@ -121,7 +112,7 @@ def test_everyone_to_everyone(world: SimpleNamespace, group: Any, num_bytes: int
         for work in works:
             work.wait()
         assert all(got[rank].equal(message(rank, world.rank, num_bytes)) for rank in others)
-    assert not group._in_flight and not (group._home.mail and group._home.mail.expected)
+    assert not group._in_flight and not (group._home.mail and group._home.mail._expected)
 
 
 @pytest.mark.mpi
@@ -140,12 +131,18 @@ def test_messages_from_anyone_and_of_any_length(world: SimpleNamespace, group: A
 
 
 @pytest.mark.mpi
-def test_a_sender_is_let_go_while_its_receiver_waits_for_something_else(world: SimpleNamespace, group: Any) -> None:
-    """One waits for the second message; the other sends it only when the first is received."""
+@pytest.mark.parametrize("waiting_bytes", [0, 1 << 28])
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_sender_is_let_go_while_its_receiver_is_after_something_else(
+        world: SimpleNamespace, group: Any, asks: bool, waiting_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One waits for the second message, or asks again and again; the other sends it only when the first is through."""
+    monkeypatch.setattr(mpi_outbox, "_WAITING_BYTES", waiting_bytes)
     partner = world.rank ^ 1
     first, second = (torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(2))
     if world.rank % 2:
         early, late = dist.irecv(first, partner, group, tag=1), dist.irecv(second, partner, group, tag=2)
+        while asks and not late.is_completed():
+            time.sleep(0.001)
         late.wait()
         early.wait()
         assert first.eq(1).all() and second.eq(2).all()
@@ -155,36 +152,68 @@ def test_a_sender_is_let_go_while_its_receiver_waits_for_something_else(world: S
 
 
 @pytest.mark.mpi
-def test_a_send_is_over_when_its_message_is_received(world: SimpleNamespace, group: Any) -> None:
-    """So that who never receives is found where a sender waits."""
+@pytest.mark.parametrize("waiting_bytes", [0, 1 << 28])
+def test_a_send_is_over_at_once_unless_too_much_waits(world: SimpleNamespace, group: Any, waiting_bytes: int,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent may be written again, and its receiver may be in a call of MPI's own."""
     if group._home.mail is None:
         pytest.skip("MPI buffers short messages")
-    partner, got = world.rank ^ 1, torch.zeros(8)
+    monkeypatch.setattr(mpi_outbox, "_WAITING_BYTES", waiting_bytes)
+    partner, got = world.rank ^ 1, torch.zeros(1 << 18)
     if world.rank % 2:
+        work = dist.irecv(got, partner, group)
         world.comm.Barrier()
-        dist.recv(got, partner, group)
+        work.wait()
         world.comm.Barrier()
+        assert got.eq(1).all()
     else:
-        work = dist.isend(torch.ones(8), partner, group)
-        assert not work.is_completed()
+        sent = torch.ones(1 << 18)
+        work = dist.isend(sent, partner, group)
+        if waiting_bytes:
+            work.wait()
+            sent.zero_()
+        else:
+            assert not work.is_completed()
         world.comm.Barrier()
         world.comm.Barrier()
         assert work.is_completed()
 
 
 @pytest.mark.mpi
-def test_a_message_that_is_too_long_is_refused_and_the_next_one_comes(world: SimpleNamespace, group: Any) -> None:
+def test_a_message_shorter_than_its_receive_leaves_the_rest(world: SimpleNamespace, group: Any) -> None:
+    for num_bytes in (0, 5, 30):
+        for anyone in (False, True):
+            if world.rank:
+                dist.send(message(world.rank, 0, num_bytes), 0, group)
+                continue
+            for source in range(1, world.size):
+                got = torch.full((40,), 77, dtype=torch.uint8)
+                found = dist.recv(got, None if anyone else source, group)
+                assert anyone or found == source
+                assert got[:num_bytes].equal(message(found, 0, num_bytes)) and got[num_bytes:].eq(77).all()
+        dist.barrier(group)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("anyone", [False, True])
+def test_a_message_that_is_too_long_is_refused_where_it_is_awaited(world: SimpleNamespace, group: Any,
+                                                                   anyone: bool) -> None:
     if group._home.mail is None:
         pytest.skip("MPI's own error ends the job")
-    partner, got = world.rank ^ 1, torch.zeros(10)
+    partner, got, other = world.rank ^ 1, torch.zeros(10), torch.zeros(1)
     if world.rank % 2:
-        with pytest.raises(ValueError, match=rf"rank {partner} sent 400 bytes where the receive has room for 40"):
-            dist.recv(got, partner, group)
-        dist.recv(got, partner, group)
+        work: Any = dist.irecv(got, None if anyone else partner, group, tag=1)
+        dist.recv(other, partner, group, tag=2)  # finds both
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"rank {partner} sent 400 bytes where the receive has room for 40"):
+                work.wait()
+        assert got.eq(3).all() and other == 5
+        dist.recv(got, partner, group, tag=1)
         assert got.eq(2).all()
     else:
-        dist.send(torch.ones(100), partner, group)
-        dist.send(torch.full((10,), 2.0), partner, group)
+        dist.send(torch.full((100,), 3.0), partner, group, tag=1)
+        dist.send(torch.full((1,), 5.0), partner, group, tag=2)
+        dist.send(torch.full((10,), 2.0), partner, group, tag=1)
 
 
 @pytest.mark.mpi
@@ -196,12 +225,13 @@ def test_what_a_rank_keeps_does_not_grow_with_its_messages(world: SimpleNamespac
             for work in works:
                 work.wait()
 
-    def descriptors() -> int:
-        return len([*Path("/proc/self/fd").iterdir()])
+    def kept() -> tuple[int, int, int]:
+        mail = group._home.mail
+        return len([*Path("/proc/self/fd").iterdir()]), len(mail._parts), memory_bytes(mail._own)
 
+    if group._home.mail is None:
+        pytest.skip("MPI's own memory")
     exchange(3)
-    before = descriptors()
+    before = kept()
     exchange(30)
-    assert descriptors() == before
-    if group._home.mail:
-        assert len(group._home.mail.parts) <= world.size * len(LENGTHS)
+    assert kept() <= (before[0], before[1], before[2] + (1 << 20))
