@@ -23,8 +23,8 @@ its work is waited for; one thread at a time calls. The same call gives the same
 library.
 
 Groups whose ranks are all on one host do the collectives that training is made of in shared memory (`mpi_shared`);
-`MPIProcessGroup.shared` gives memory in which they copy nothing at all. Messages between ranks of a host go through the
-sender's memory (`mpi_outbox`). Everything else is MPI's.
+`MPIProcessGroup.shared` gives memory in which they copy nothing at all. Messages between ranks of a host that may not
+read one another's memory go through the sender's outbox (`mpi_outbox`). Everything else is MPI's.
 """
 
 # ruff: noqa: D102 - the operations are torch's, and so are their descriptions
@@ -79,7 +79,7 @@ def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: 
     neighbours = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
     on_host = {rank: index for index, rank in enumerate(neighbours.allgather(world.rank))}
     bells = open_bells(neighbours)
-    mail = open_mail(neighbours, on_host, bells)
+    mail = None if bells and bells.direct else open_mail(neighbours, on_host, bells)
     home = Home(world, on_host, bells, mail, patience or Patience(), observer or Nobody())
     neighbours.Free()
 
@@ -115,8 +115,7 @@ class MPIProcessGroup(NamedGroup):
     """A process group whose operations are MPI's on `comm`, which it owns and frees in `shutdown()`.
 
     Every operation starts a non-blocking one and returns its `MPIWork`, already complete if `asyncOp` is off in the
-    options. Contiguous tensors are used where they lie; others, 16-bit floats in MPI's reductions, and what is sent to
-    ranks of this host, through a copy.
+    options. Contiguous tensors are used where they lie; others, and 16-bit floats in MPI's reductions, through a copy.
     """
 
     def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta, home: Home, ranks: Sequence[int]):

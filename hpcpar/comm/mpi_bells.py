@@ -3,13 +3,19 @@
 A rank that looks again and again whether the others have come takes the cores on which they compute. Here it says in
 memory that all have mapped that it sleeps, looks a last time, and waits on a socket; who brings what may end the wait
 looks who sleeps, and sends those a byte. A byte that is missed costs no more than the sleep's longest time.
+
+A message is brought by MPI itself, at once where a rank may read another's memory. Where it may not (Yama's
+ptrace_scope, as Ubuntu sets it, and many containers), sender and receiver must look in turn for every few KiB, and
+nobody rings between: `direct` tells which.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import select
 import socket
+import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
 
@@ -18,6 +24,7 @@ from mpi4py import MPI
 from .mpi_memory import Fence, map_together
 
 _LINE = 8  # words in a cache line
+_PROBE_BYTES, _PROBE_S = 1 << 20, 0.25  # a message that no MPI library sends before it is asked for
 
 
 class Bells:
@@ -29,6 +36,7 @@ class Bells:
         self._out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._out.setblocking(False)
         self._fence = Fence()
+        self.direct = False  # whether long messages arrive while their sender sleeps; `probe` finds out
 
     def sleep(self, is_over: Callable[[], bool], longest_s: float) -> None:
         """Return when somebody rings, at the latest after `longest_s`, or at once if it is over by now."""
@@ -61,6 +69,29 @@ class Bells:
         while select.select([self._own], [], [], 0)[0]:
             self._own.recv(1)
 
+    def probe(self, comm: MPI.Comm) -> None:
+        """Find out about `direct`, alike on all ranks of the host; all call, and nobody else rings meanwhile."""
+        self.direct = bool(comm.allreduce(int(self._try_neighbour(comm)), MPI.MIN))
+
+    def _try_neighbour(self, comm: MPI.Comm) -> bool:
+        neighbour, arrived = self._index ^ 1, False
+        if neighbour >= len(self._addresses):
+            return True  # the others' answer counts
+        data = bytearray(_PROBE_BYTES)
+        if self._index < neighbour:
+            request = comm.Isend(data, neighbour)
+            arrived = bool(select.select([self._own], [], [], _PROBE_S)[0])  # meanwhile MPI is not called
+            self.drain()
+        else:
+            request, until = comm.Irecv(data, neighbour), time.monotonic() + _PROBE_S
+            while not arrived and time.monotonic() < until:
+                arrived = request.Test()
+                os.sched_yield()
+            if arrived:
+                self.send(neighbour)
+        request.Wait()
+        return arrived
+
 
 def open_bells(comm: MPI.Comm) -> Bells | None:
     """Make the bells of the ranks of `comm`, all on this host; all of them call. None for all: ranks must look again.
@@ -83,4 +114,7 @@ def open_bells(comm: MPI.Comm) -> Bells | None:
     bells = Bells(memory, own, comm.rank, addresses)
     reached = comm.allreduce(int(all(bells.send(rank) for rank in range(comm.size))), MPI.MIN)
     bells.drain()
-    return bells if reached else None
+    if not reached:
+        return None
+    bells.probe(comm)
+    return bells

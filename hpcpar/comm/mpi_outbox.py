@@ -1,12 +1,11 @@
-"""Messages between ranks of one host, through memory of the sender: part of `mpi_backend`.
+"""Messages between ranks of one host that may not read one another's memory: part of `mpi_backend`.
 
     outbox of a rank   | full | bytes | full | bytes | ...   blocks of a nameless file that grows
     sender     bytes into a block, full = 1, an MPI message of 32 bytes that says where
     receiver   that message, the bytes out of the block, full = 0
 
-MPI still decides which message meets which receive, and short ones it delivers at once. Long ones it delivers well only
-where a rank may read another's memory; elsewhere (Yama's ptrace_scope, as Ubuntu sets it, and many containers) sender
-and receiver must both look for every few KiB. Here a sender has nothing left to do: its send is over, unless so much
+MPI would carry a long message in cells of a few KiB, and for each of them sender and receiver must both look. Here it
+only decides which message meets which receive; the sender has nothing left to do: its send is over, unless so much
 waits in its outbox that it shall wait too.
 """
 

@@ -62,7 +62,7 @@ class Home:
     world: MPI.Intracomm
     on_host: Mapping[int, int]  # ranks of `world` that share memory with this one, and their indices there
     bells: Bells | None  # by these indices
-    mail: Mail | None  # for messages between them
+    mail: Mail | None  # for messages between them, where MPI carries those badly
     patience: Patience
     observer: Observer
     lanes: list[Lanes] = field(default_factory=list)  # of all groups that have any
@@ -106,7 +106,7 @@ class MPIWork(dist.Work):
         in_lanes = all(isinstance(request, Ticket) for request in self._requests)
         from_here = peer in home.on_host and peer != home.world.rank  # one's own rank stands for anyone
         self._bells = home.bells if in_lanes or from_here else None
-        if self._bells is None or not (in_lanes or home.mail):
+        if self._bells is None or not (in_lanes or home.mail or self._bells.direct):
             home.unrung.add(self)
         self._status = MPI.Status()
         in_flight.add(self)  # until complete: a caller may drop this object, the buffers must outlive the request
@@ -132,6 +132,8 @@ class MPIWork(dist.Work):
         self._finish, self._buffers = [], []
         self._land()
         self._home.observer.end(self._number)
+        if not self._home.mail:  # MPI tells the sender now that its message is received
+            self._home.ring_rank(self._peer)
         return True
 
     def _land(self) -> None:

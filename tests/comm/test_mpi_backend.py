@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
+from hpcpar.comm import mpi_bells
 from hpcpar.comm.mpi_backend import register
 from hpcpar.comm.mpi_patience import Patience
 
@@ -76,10 +77,13 @@ def test_reductions(world: SimpleNamespace, dtype: torch.dtype, layout: Callable
             torch.testing.assert_close(rooted, answer.to(dtype))
 
 
-def test_whatever_is_waited_for_is_rung(world: SimpleNamespace) -> None:
+@pytest.mark.parametrize("outbox", [False, True])
+def test_whatever_is_waited_for_is_rung(world: SimpleNamespace, outbox: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is not woken sleeps a minute here."""
-    register("mpi4py_rung", patience=Patience(polls=1, longest_s=60, longest_rung_s=60))
-    group: Any = dist.new_group(backend="mpi4py_rung")
+    if outbox:
+        monkeypatch.setattr(mpi_bells, "_PROBE_S", 0.0)
+    register(f"mpi4py_rung_{outbox}", patience=Patience(polls=1, longest_s=60, longest_rung_s=60))
+    group: Any = dist.new_group(backend=f"mpi4py_rung_{outbox}")
     bells = group._home.bells
     if bells is None:
         pytest.skip("no shared memory, or no sockets without a file")
@@ -94,7 +98,7 @@ def test_whatever_is_waited_for_is_rung(world: SimpleNamespace) -> None:
         whole.fill_(1)
         dist.reduce_scatter_tensor(own, whole, group=group)
         assert own[0] == world.size
-        for to, source in ((after, before), (before, after)) if group._home.mail else ():
+        for to, source in ((after, before), (before, after)) if group._home.mail or bells.direct else ():
             works = [dist.isend(large, to, group), dist.irecv(torch.empty_like(large), source, group)]
             for work in works:
                 assert work is not None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
 import select
 import socket
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -14,6 +17,13 @@ import pytest
 from hpcpar.comm.mpi_bells import Bells
 
 LONG_S = 60.0  # nobody sleeps so long here
+PROBE = """
+from mpi4py import MPI
+from hpcpar.comm.mpi_bells import open_bells
+bells = open_bells(MPI.COMM_WORLD)
+if MPI.COMM_WORLD.rank == 0:
+    print(MPI.Get_library_version().split()[0], bells.direct)
+"""
 
 
 @pytest.fixture
@@ -69,3 +79,14 @@ def test_a_byte_too_many_is_forgotten_and_none_blocks(pair: tuple[Bells, Bells, 
     assert not has_rung(own)
     own.close()
     assert second.send(0) is False
+
+
+def test_messages_that_need_their_sender_are_known() -> None:
+    """As where a rank may not read another's memory."""
+    environment = {**os.environ, "MPIR_CVAR_CH4_CMA_ENABLE": "0"}
+    done = subprocess.run(["mpirun", "-n", "3", sys.executable, "-c", PROBE], env=environment, capture_output=True,
+                          text=True, timeout=100, check=True)
+    library, direct = done.stdout.split()
+    if library != "MPICH":
+        pytest.skip("the variable is MPICH's")
+    assert direct == "False"

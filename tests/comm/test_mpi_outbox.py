@@ -1,4 +1,4 @@
-"""Messages between ranks of a host: through memory, through MPI where there is none, and from elsewhere."""
+"""Messages between ranks: of a host, through memory or MPI, and from elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpcpar.comm import mpi_outbox
+from hpcpar.comm import mpi_bells, mpi_outbox
 from hpcpar.comm.mpi_backend import register
 from hpcpar.comm.mpi_outbox import Block, Outbox, part_of
 
@@ -77,16 +77,19 @@ def test_blocks_longer_than_a_mapping_lie_apart(lengths: tuple[int, ...]) -> Non
 # -- on 8 ranks
 
 
-@pytest.fixture(params=["memory", "mpi", "two hosts"])
+@pytest.fixture(params=["direct", "outbox", "cells", "two hosts"])
 def group(world: SimpleNamespace, request: pytest.FixtureRequest,
           monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """All ranks: on a host with memory for messages, on one where no rank can open another's, and on two hosts."""
-    if request.param == "mpi":
+    """All ranks: as they are; where none may read another's memory, nor its file; where outboxes end with a host."""
+    if request.param != "direct":
+        monkeypatch.setattr(mpi_bells, "_PROBE_S", 0.0)
+    if request.param == "cells":
         monkeypatch.setattr(mpi_outbox, "_FILES", "/nowhere/{}/{}")
-    register(f"mpi4py_outbox_{request.param.replace(' ', '_')}")
-    made: Any = dist.new_group(backend=f"mpi4py_outbox_{request.param.replace(' ', '_')}")
+    register(f"mpi4py_of_{request.param.replace(' ', '_')}")
+    made: Any = dist.new_group(backend=f"mpi4py_of_{request.param.replace(' ', '_')}")
     home = made._home
-    assert (home.mail is None) == (request.param == "mpi")
+    if request.param != "direct":
+        assert (home.mail is None) == (request.param == "cells")
     if request.param == "two hosts":
         here = {rank: place for rank, place in home.on_host.items() if rank // 4 == world.rank // 4}
         mail = copy(home.mail)

@@ -20,8 +20,9 @@ OWN, HERE, ELSEWHERE = 2, 3, 9  # global ranks: this one, one of this host, and 
 class Bells:
     """Nobody rings; says how long each sleep might have been."""
 
-    def __init__(self) -> None:
+    def __init__(self, direct: bool = True) -> None:
         self.sleeps: list[float] = []
+        self.direct = direct
 
     def ring(self, indices: object) -> None:
         pass
@@ -66,10 +67,9 @@ def test_what_moves_only_when_looked_at_is_looked_at() -> None:
     assert set(sleeps(beside=True)) == {1e-3}
 
 
-def home_with(bells: Any, memory: bool = True) -> Home:
-    """`memory`: whether messages between ranks of the host go through it."""
+def home_with(bells: Any, outbox: bool = False) -> Home:
     world: Any = SimpleNamespace(rank=OWN, Iprobe=lambda: False)
-    mail: Any = SimpleNamespace(progress=lambda: None) if memory else None
+    mail: Any = SimpleNamespace(progress=lambda: None) if outbox else None
     return Home(world, {OWN: 0, HERE: 1}, bells, mail, Recorded(), Nobody())
 
 
@@ -95,13 +95,14 @@ def test_a_wait_knows_what_else_is_in_flight(peer: int) -> None:
     assert patience.asked == (True, bells, False)
 
 
-def test_messages_that_need_their_sender_are_looked_at() -> None:
-    bells = Bells()
-    home = home_with(bells, memory=False)
+@pytest.mark.parametrize("outbox", [False, True])
+def test_messages_that_need_their_sender_are_looked_at(outbox: bool) -> None:
+    bells = Bells(direct=False)
+    home = home_with(bells, outbox)
     patience: Any = home.patience
     near, request = message(home, HERE)
     near.wait()
-    assert patience.asked == (True, bells, True)
+    assert patience.asked == (True, bells, not outbox)
     request.arrived = True
     assert near.is_completed() and not home.unrung
 
