@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -136,7 +137,8 @@ class MPIProcessGroup(NamedGroup):
         number = self._home.observer.begin(self._number, operation, num_bytes, other)
         if len(self._in_flight) >= _MAX_UNWAITED:  # someone never waits for sends: let go of the complete ones
             for work in list(self._in_flight):
-                work.test()
+                with suppress(ValueError):  # of a message that is too long: told where that is awaited
+                    work.test()
         work = MPIWork(steps, outputs, self._home, self._timeout, self._in_flight, number, other)
         if opts is not None and not opts.asyncOp:
             work.wait()
@@ -291,7 +293,10 @@ class MPIProcessGroup(NamedGroup):
         else:
             step = self._comm.Isend(as_bytes(flat), dst_rank, tag), None, flat
         self._home.ring_rank(peer)
-        return self._work("send", flat.nbytes, [step], [], peer=dst_rank)
+        work = self._work("send", flat.nbytes, [step], [], peer=dst_rank)
+        if mail and not work.test():  # MPI has no room for it now, and nobody rings when it has
+            self._home.unrung.add(work)
+        return work
 
     def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> MPIWork:
         (tensor,) = tensors
@@ -300,6 +305,7 @@ class MPIProcessGroup(NamedGroup):
             request: Any = mail.receive(self._comm, self._ranks, flat, src_rank, tag)
         else:
             request = self._comm.Irecv(as_bytes(flat), src_rank, tag)
+            self._home.ring_rank(self._global(src_rank))  # where its message was here, its send may be over
         return self._work("recv", flat.nbytes, [(request, lambda: store(tensor, flat), flat)], tensors, peer=src_rank)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:
@@ -309,12 +315,18 @@ class MPIProcessGroup(NamedGroup):
 
     def shutdown(self) -> None:
         """Wait for what is in flight and free the communicator; all members call it. A second call does nothing."""
+        failures = []
         for work in list(self._in_flight):
-            work.wait()
+            try:
+                work.wait()
+            except ValueError as error:  # of a message that is too long, and that nobody has waited for
+                failures.append(error)
         if self._host is not None:
             self._host.close()
         if self._comm != MPI.COMM_NULL:
             self._comm.Free()
+        if failures:
+            raise failures[0]
 
     def shared(self, numel: int, dtype: torch.dtype, common: bool = False) -> Tensor | None:
         """Return a zeroed tensor [numel] that lies in memory of the whole group, or None where there is none for all.

@@ -41,6 +41,7 @@ class Block:
         """`start`: in the file; in the mapping it is where that of its length repeats."""
         self.start, self.length, self._memory = start, length, memory
         self.kept = False  # counted as memory that stays, when empty
+        self.num_bytes = self.turn = 0  # of the message that was put last; how many were
         self._bytes = memoryview(memory)[start % len(memory):][:length]
         self._full = self._bytes[:8].cast("q")
         self._fence = Fence()
@@ -55,6 +56,7 @@ class Block:
         self._fence()
         self._bytes[_FULL_BYTES:_FULL_BYTES + len(data)] = data
         self._full[0] = 1
+        self.num_bytes, self.turn = len(data), self.turn + 1
         self._fence()
 
     def take(self, data: memoryview) -> None:
@@ -86,8 +88,8 @@ class Outbox:
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes of blocks that are not known to be empty."""
-        return sum(block.length for block in self._lent)
+        """Bytes of messages that are not known to be received."""
+        return sum(block.num_bytes for block in self._lent)
 
     def put(self, data: memoryview) -> Block:
         """Copy a message into an empty block."""
@@ -109,9 +111,10 @@ class Outbox:
             block.kept = self._kept_bytes + block.length <= _KEPT_BYTES
             if block.kept:
                 self._kept_bytes += block.length
+                self._free[block.length].append(block)
             else:
                 block.forget()
-            self._free[block.length].append(block)
+                self._free[block.length].insert(0, block)  # the last to be used again
 
     def _grow(self, length: int) -> Block:
         start, self._end = part_of(self._end + max(length, _MAPPED_BYTES) - 1, length)
@@ -151,7 +154,7 @@ class Mail:
         block = self._own.put(memoryview(as_bytes(flat)))
         waits = self._own.waiting_bytes > _WAITING_BYTES
         where = _WHERE.pack(block.start, block.length, flat.nbytes, waits)
-        return Outgoing(comm.Isend(where, rank, tag), where, block if waits else None)
+        return Outgoing(comm.Isend(where, rank, tag), where, block if waits else None, block.turn)
 
     def receive(self, comm: MPI.Intracomm, ranks: Sequence[int], flat: Tensor, source: int, tag: int) -> Incoming:
         """Await a message from a rank of this host or from anyone; `ranks`: of the world, by rank of `comm`."""
@@ -190,10 +193,12 @@ class Outgoing:
     request: MPI.Request
     where: bytes  # MPI reads it until the request is complete
     block: Block | None  # to be empty before the send is over
+    turn: int  # of the block; it may have another message by now
 
     def Test(self, status: object = None) -> bool:
         """Return whether the send is over."""
-        return self.request.Test() and not (self.block and self.block.full)
+        waits = self.block is not None and self.block.turn == self.turn and self.block.full
+        return self.request.Test() and not waits
 
 
 class Incoming:

@@ -146,7 +146,7 @@ class MPIWork(dist.Work):
         if self.test():
             return True
         self._home.progress()
-        return False
+        return self.test()  # that may have brought it
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Complete the operation; raise TimeoutError after `timeout` (0: the group's)."""

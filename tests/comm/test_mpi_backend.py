@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-from hpcpar.comm import mpi_bells
+from hpcpar.comm import mpi_bells, mpi_outbox
 from hpcpar.comm.mpi_backend import register
 from hpcpar.comm.mpi_patience import Patience
 
@@ -77,13 +77,15 @@ def test_reductions(world: SimpleNamespace, dtype: torch.dtype, layout: Callable
             torch.testing.assert_close(rooted, answer.to(dtype))
 
 
-@pytest.mark.parametrize("outbox", [False, True])
-def test_whatever_is_waited_for_is_rung(world: SimpleNamespace, outbox: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is not woken sleeps a minute here."""
-    if outbox:
+@pytest.mark.parametrize("messages", ["direct", "outbox", "full"])
+def test_whatever_is_waited_for_is_rung(world: SimpleNamespace, messages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is not woken sleeps a minute here; `full`: sends are over when they are received."""
+    if messages != "direct":
         monkeypatch.setattr(mpi_bells, "_PROBE_S", 0.0)
-    register(f"mpi4py_rung_{outbox}", patience=Patience(polls=1, longest_s=60, longest_rung_s=60))
-    group: Any = dist.new_group(backend=f"mpi4py_rung_{outbox}")
+    if messages == "full":
+        monkeypatch.setattr(mpi_outbox, "_WAITING_BYTES", 0)
+    register(f"mpi4py_rung_{messages}", patience=Patience(polls=1, longest_s=60, longest_rung_s=60))
+    group: Any = dist.new_group(backend=f"mpi4py_rung_{messages}")
     bells = group._home.bells
     if bells is None:
         pytest.skip("no shared memory, or no sockets without a file")
