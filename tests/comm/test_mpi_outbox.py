@@ -21,7 +21,7 @@ from hpcpar.comm import mpi_bells, mpi_outbox
 from hpcpar.comm.mpi_backend import register
 from hpcpar.comm.mpi_outbox import Block, Outbox, part_of
 
-LENGTHS = [0, 1, 23, 24, 4096, 100_003, 3 << 20]  # shorter and longer than the message that says where a long one lies
+LENGTHS = [0, 1, 31, 32, 100_003, (1 << 20) + 1]  # shorter and longer than the message that says where a long one lies
 
 
 # -- one outbox, played in one process
