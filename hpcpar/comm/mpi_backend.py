@@ -32,7 +32,6 @@ read one another's memory go through the sender's outbox (`mpi_outbox`). Everyth
 # torch's stubs know one of several accepted signatures, and not the same one in every version.
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -91,21 +90,9 @@ def register(name: str = "mpi4py", comm: MPI.Intracomm | None = None, patience: 
                 f"torch global rank {ranks[options.group_rank]} is rank {world.rank} of the MPI communicator; "
                 "start torch.distributed with rank=comm.rank, or register with a communicator in torch's order"
             )
-        return MPIProcessGroup(_subset(world, ranks, options.group_id), name, options.timeout, home, ranks)
+        return MPIProcessGroup(home.subset(ranks, options.group_id), name, options.timeout, home, ranks)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=[*DEVICES])
-
-
-def _subset(world: MPI.Intracomm, ranks: Sequence[int], group_id: str) -> MPI.Intracomm:
-    """Make the communicator of `ranks`, which alone call this; the tag keeps groups made at the same time apart."""
-    tag = zlib.crc32(group_id.encode()) % (world.Get_attr(MPI.TAG_UB) or 32767)
-    everyone = world.Get_group()
-    members = everyone.Incl(ranks)
-    try:
-        return world.Create_group(members, tag)
-    finally:
-        members.Free()
-        everyone.Free()
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -5,6 +5,7 @@
 # torch's stubs know one of several accepted signatures, and not the same one in every version.
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -67,6 +68,17 @@ class Home:
     observer: Observer
     lanes: list[Lanes] = field(default_factory=list)  # of all groups that have any
     unrung: set[MPIWork] = field(default_factory=set)  # not seen complete, and nobody rings for all of it
+
+    def subset(self, ranks: Sequence[int], group_id: str) -> MPI.Intracomm:
+        """Make the communicator of `ranks`, which alone call this; the tag keeps groups made at the same time apart."""
+        tag = zlib.crc32(group_id.encode()) % (self.world.Get_attr(MPI.TAG_UB) or 32767)
+        everyone = self.world.Get_group()
+        members = everyone.Incl(ranks)
+        try:
+            return self.world.Create_group(members, tag)
+        finally:
+            members.Free()
+            everyone.Free()
 
     def progress(self) -> None:
         """Go on with whatever is in flight elsewhere than in what this rank waits for."""
