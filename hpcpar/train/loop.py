@@ -25,6 +25,7 @@ from hpcpar.checkpoint.memory import Memory, disown, open_memory, recall
 from hpcpar.checkpoint.verify import latest_set, read_state
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.control import Control
+from hpcpar.comm.crowd import Place, crowded_ranks, give_way, place
 from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
@@ -34,6 +35,7 @@ from hpcpar.data.ahead import ReadAhead
 from hpcpar.data.sampler import SampleOrder
 from hpcpar.errors import RunError, UserError
 from hpcpar.layout.layout import Layout
+from hpcpar.layout.precedence import nice_levels
 from hpcpar.parallel.build import build, initialise
 from hpcpar.parallel.pipeline import Microbatch
 from hpcpar.parallel.replicas import find_drift
@@ -45,7 +47,7 @@ from hpcpar.train.rewind import leave_out
 from hpcpar.train.saving import Saves
 from hpcpar.train.state import FIRST_LOSS_SCALE, Progress
 from hpcpar.train.step import StepResult, Trainee, next_numbers, train_step
-from hpcpar.train.straggler import REPORT_EVERY, Stragglers, crowded_ranks
+from hpcpar.train.straggler import REPORT_EVERY, Stragglers
 from hpcpar.train.waits import TEXT, Waits, mean_of
 
 MAX_BAD_STEPS = 20  # in a row, or rollbacks in all: after that something is wrong that no batch explains
@@ -76,6 +78,7 @@ class Run:
     progress: Progress
     metrics: Metrics | None  # on rank 0
     saves: Saves
+    places: list[Place]  # of all ranks
     memory_before: int = 0  # bytes that the process had held before the run's first tensor
     foretold: Foretold | None = None  # on rank 0, where the planner knows the machine
     waits: Callable[[], dict[str, float]] = dict  # group -> seconds that this rank has waited in its calls so far
@@ -101,6 +104,9 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     if found and state is not None:
         check_same(state, job, order, found)
     groups = open_groups(layout.mesh, world.rank)
+    places = world.control.all_gather(place(world.host))
+    if world.rank in crowded_ranks(places) and world.device.type == "cpu":
+        give_way(nice_levels(layout.chunk_ranks)[groups.at.pp_rank])
     pipeline, optimizer = build(layout, groups, world.device, note)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if job.train.precision == "fp16" else 1.0)
     if found is None or state is None:
@@ -119,7 +125,7 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
     trainee = Trainee(layout, groups, pipeline, optimizer, world.device)
     saved_step = progress.step if found and found == on_disk else -1
     saves = Saves(trainee, world, folder.checkpoints, order.fingerprint, saved_step, metrics, memory)
-    run = Run(job, world, folder, order, trainee, progress, metrics, saves, memory_before)
+    run = Run(job, world, folder, order, trainee, progress, metrics, saves, places, memory_before)
     for text in said:
         run.say(text)
     whence = f"resumed {found.name}{' from memory' if found != on_disk else ''}" if found else anew
@@ -175,10 +181,7 @@ class Pace:
     def __init__(self, run: Run):
         self._run, self._step_s, self._own_s, self._num_steps = run, 0.0, 0.0, 0
         self._waits: dict[str, float] = {}
-        cores = sum(1 << core for core in os.sched_getaffinity(0))
-        places = run.world.control.all_gather((run.world.host, cores))
-        self._hosts = [host for host, _ in places]
-        self._stragglers = Stragglers(run.trainee.layout.mesh, crowded_ranks(places))
+        self._stragglers = Stragglers(run.trainee.layout.mesh, crowded_ranks(run.places))
 
     def step(self, step_s: float, waits: Mapping[str, float]) -> None:
         """Note a step's seconds, and those in which it waited; every rank must call.
@@ -199,7 +202,7 @@ class Pace:
         mean = {axis: round(seconds, 6) for axis, seconds in mean_of([waits for _, waits in everyones]).items()}
         self._run.metrics.event(self._run.progress.step, mean_step_s=round(mean_step_s, 6), mean_waits_s=mean)
         for rank, ratio in self._stragglers.add([own_s for own_s, _ in everyones]):
-            host = self._hosts[rank]
+            host, _ = self._run.places[rank]
             self._run.say(f"SLOW: rank {rank} on {host} takes {ratio:.2f} times as long as its peers for its own work; "
                           f"if that stays so, leave the host out: --exclude={host} (sbatch, srun)")
             self._run.metrics.event(self._run.progress.step, slow_rank=rank, host=host, ratio=round(ratio, 3))

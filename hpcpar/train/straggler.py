@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection, Sequence
 from statistics import median, median_low
 from typing import NamedTuple
@@ -63,18 +63,6 @@ class Stragglers:
         least = [_LEAST_CROWDED if rank in self._crowded else _LEAST for rank in peers]
         return [Slow(rank, usual[rank] / middle) for rank, more in zip(peers, least, strict=True)
                 if usual[rank] > middle + max(more, _SIGMAS * spread)]
-
-
-def crowded_ranks(places: Sequence[tuple[str, int]]) -> list[int]:
-    """Return the ranks on hosts that have more ranks than cores; `places` gives each rank's host and cores, a bit each.
-
-    Bound ranks have cores of their own, others all of the host's: together they are the host's either way.
-    """
-    cores: dict[str, int] = {}
-    for host, mine in places:
-        cores[host] = cores.get(host, 0) | mine
-    count = Counter(host for host, _ in places)
-    return [rank for rank, (host, _) in enumerate(places) if count[host] > cores[host].bit_count()]
 
 
 def _ratio(own_s: float, middle_s: float) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from hpcpar.layout.schedule import make_schedule
 from hpcpar.planner.hardware import load_machine
-from hpcpar.planner.sharing import Node, as_rank_sees, shared_length_s
+from hpcpar.planner.sharing import Node, as_rank_sees, parts, shared_length_s
 from hpcpar.planner.step import Pricing
 from hpcpar.planner.timeline import length_s
 from tests.planner.jobs import job_of
@@ -37,7 +37,24 @@ def test_two_cores_under_eight_ranks_lie_between() -> None:
     schedule = make_schedule("1f1b", 4, 8, 1)
     length = shared_length_s(schedule, [1.0] * 4, [2.0] * 4, 2, Node(8, 2))
     work = 8 * 8 * 3 / 2  # ranks x microbatches x times, on two cores
-    assert work <= length < 1.2 * work
+    assert work <= length * (1 + 1e-9) < 1.2 * work
+
+
+def test_a_heavy_last_stage_that_goes_first_leaves_less_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits make it take twice as long as the others: with equal parts it would be done last."""
+    schedule, forward, backward = make_schedule("1f1b", 8, 8), [1.0] * 7 + [3.0], [2.0] * 7 + [3.6]
+    work = 8 * (sum(forward) + sum(backward)) / 2
+    length = shared_length_s(schedule, forward, backward, 1, Node(8, 2))
+    monkeypatch.setattr("hpcpar.planner.sharing.nice_levels", lambda chunk_ranks: [0] * len(chunk_ranks))
+    assert 1.0 < length / work < 1.03
+    assert shared_length_s(schedule, forward, backward, 1, Node(8, 2)) / work > 1.05
+
+
+def test_cores_are_divided_by_weight_but_a_rank_takes_no_more_than_one() -> None:
+    assert parts([1, 1, 1, 1], 2) == [0.5] * 4
+    assert parts([1, 3], 1) == [0.25, 0.75]
+    assert parts([1, 1, 5], 2) == [0.5, 0.5, 1.0]
+    assert parts([1, 8], 2) == [1.0, 1.0]
 
 
 def test_a_rank_sees_its_threads_and_its_part_of_the_memory() -> None:

@@ -17,7 +17,7 @@ from hpcpar.layout.mesh import Mesh
 from hpcpar.train.rewind import leave_out, parse_samples, rewind
 from hpcpar.train.stability import distrust, remember, robust_z
 from hpcpar.train.state import Progress
-from hpcpar.train.straggler import Stragglers, crowded_ranks
+from hpcpar.train.straggler import Stragglers
 
 WISH = Stability(spike=8.0)
 
@@ -145,12 +145,6 @@ def test_where_ranks_share_cores_a_rank_must_be_much_slower() -> None:
         assert reports({5: 1.25}, 0.005, mesh, seed=seed, crowded=range(8)) == []
         assert reports({5: 1.5}, 0.005, mesh, seed=seed, crowded=range(8)) == [5]
         assert reports({5: 1.25}, 0.005, mesh, seed=seed, crowded=range(4)) == [5]
-
-
-def test_ranks_share_cores_where_a_host_has_more_of_them_than_cores() -> None:
-    assert crowded_ranks([("a", 0b11), ("a", 0b11), ("b", 0b11), ("b", 0b11), ("b", 0b11)]) == [2, 3, 4]
-    assert crowded_ranks([("a", 1 << core) for core in range(8)]) == []  # each bound to one of its own
-    assert crowded_ranks([("a", 0b1), ("a", 0b1)]) == [0, 1]
 
 
 def test_a_few_milliseconds_a_step_are_no_slow_host() -> None:
