@@ -27,15 +27,17 @@ class Slow(NamedTuple):
 
 
 class Stragglers:
-    """Holds the newest reports; rank 0 has one. Peers are the ranks of a stage: other stages have other work."""
+    """Holds the newest reports; rank 0 has one.
+
+    Peers are the ranks of a stage: other stages have other work, and another part of shared cores. A stage of one rank
+    has nobody to be compared with.
+    """
 
     def __init__(self, mesh: Mesh, crowded: Collection[int] = ()):
         """`crowded`: the ranks that share cores with others."""
         self._crowded = frozenset(crowded)
         per_stage = mesh.size // mesh.pp_size
-        # two ranks cannot say which of them is the slow one; then all stages together are the better measure
-        size = per_stage if per_stage > 2 else mesh.size
-        self._peers = [range(first, first + size) for first in range(0, mesh.size, size)]
+        self._peers = [range(first, first + per_stage) for first in range(0, mesh.size, per_stage)]
         self._ratios: deque[list[float]] = deque(maxlen=_REPORTS)
         self._named: dict[int, int] = {}
         self._count = 0
@@ -58,8 +60,8 @@ class Stragglers:
         return new
 
     def _slow_among(self, peers: range, usual: list[float]) -> list[Slow]:
-        middle = median(usual[rank] for rank in peers)
-        spread = 1.4826 * median(abs(usual[rank] - middle) for rank in peers)
+        middle = median_low(usual[rank] for rank in peers)  # of two the quicker one
+        spread = 1.4826 * median_low(abs(usual[rank] - middle) for rank in peers)
         least = [_LEAST_CROWDED if rank in self._crowded else _LEAST for rank in peers]
         return [Slow(rank, usual[rank] / middle) for rank, more in zip(peers, least, strict=True)
                 if usual[rank] > middle + max(more, _SIGMAS * spread)]

@@ -131,12 +131,20 @@ def reports(slow: dict[int, float], noise: float, mesh: Mesh, num: int = 10, see
     return found
 
 
-@pytest.mark.parametrize("mesh", [Mesh(dp_size=8), Mesh(pp_size=2, dp_size=2, tp_size=2), Mesh(4, 14, 1, 8)])
+@pytest.mark.parametrize("mesh", [Mesh(dp_size=8), Mesh(pp_size=2, dp_size=2, tp_size=2), Mesh(4, 14, 1, 8),
+                                  Mesh(pp_size=4, tp_size=2)])
 def test_a_rank_ten_percent_slower_is_named_once_within_fifty_steps(mesh: Mesh) -> None:
     """Whatever the stages' own loads, and with a hiccup of some rank in every second report."""
     for seed in range(20):
         assert reports({5: 1.10}, 0.005, mesh, seed=seed) == [5]
         assert reports({}, 0.02, mesh, seed=seed) == []
+
+
+def test_a_stage_with_more_work_is_not_slow() -> None:
+    """The last stage has the logits; alone in its stage a rank has nobody to be compared with."""
+    for mesh in (Mesh(pp_size=8), Mesh(pp_size=4, dp_size=2)):
+        assert reports({}, 0.005, mesh) == []
+    assert reports({5: 2.0}, 0.005, Mesh(pp_size=8)) == []
 
 
 def test_where_ranks_share_cores_a_rank_must_be_much_slower() -> None:
