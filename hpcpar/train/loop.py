@@ -25,7 +25,7 @@ from hpcpar.checkpoint.memory import Memory, disown, open_memory, recall
 from hpcpar.checkpoint.verify import latest_set, read_state
 from hpcpar.comm.bootstrap import World
 from hpcpar.comm.control import Control
-from hpcpar.comm.crowd import Place, crowded_ranks, give_way, place
+from hpcpar.comm.crowd import Place, crowded_ranks, place
 from hpcpar.comm.groups import open_groups
 from hpcpar.config.job import Job
 from hpcpar.config.load import to_toml
@@ -35,7 +35,6 @@ from hpcpar.data.ahead import ReadAhead
 from hpcpar.data.sampler import SampleOrder
 from hpcpar.errors import RunError, UserError
 from hpcpar.layout.layout import Layout
-from hpcpar.layout.precedence import nice_levels
 from hpcpar.parallel.build import build, initialise
 from hpcpar.parallel.pipeline import Microbatch
 from hpcpar.parallel.replicas import find_drift
@@ -105,8 +104,6 @@ def start_run(job: Job, world: World, folder: RunFolder, order: SampleOrder, liv
         check_same(state, job, order, found)
     groups = open_groups(layout.mesh, world.rank)
     places = world.control.all_gather(place(world.host))
-    if world.rank in crowded_ranks(places) and world.device.type == "cpu":
-        give_way(nice_levels(layout.chunk_ranks)[groups.at.pp_rank])
     pipeline, optimizer = build(layout, groups, world.device, note)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if job.train.precision == "fp16" else 1.0)
     if found is None or state is None:

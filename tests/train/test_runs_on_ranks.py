@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 from hpcpar.checkpoint.verify import latest_set, published_sets, verify_set
-from hpcpar.comm.crowd import crowded_ranks
 from hpcpar.config.resolve import resolve
 from hpcpar.config.run_folder import RunFolder, read_lines
 from hpcpar.errors import RunError, UserError
-from hpcpar.layout.precedence import LEVELS
 from hpcpar.parallel.reduction import Reduction
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.train.loop import start_run, train
@@ -75,13 +73,6 @@ def test_stop_and_resume_at_other_layouts_equals_an_uninterrupted_run(world, sto
             assert len(want) >= 2
             for step in want:
                 assert got[step] == pytest.approx(want[step], rel=1e-10, abs=1e-10), (key, step)
-
-
-def test_earlier_stages_give_way_where_ranks_share_cores(world, store, folder):
-    """At least so far: other tests of this process had runs, too, and levels only rise."""
-    _, run = run_once(world, make_job(store, layout={"pp": 2}, train={"steps": 1}), folder)
-    level = LEVELS if world.rank in crowded_ranks(run.places) and run.trainee.groups.at.pp_rank == 0 else 0
-    assert os.getpriority(os.PRIO_PROCESS, 0) >= level
 
 
 def test_bit_equal_resume_at_the_same_layout(world, store, folder):
