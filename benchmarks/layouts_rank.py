@@ -37,12 +37,11 @@ Sizes = tuple[int, int, int]  # tp, pp, dp
 def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
     """Train as one rank; rank 0 prints the seconds a step and the losses, with `profile` every rank's times too."""
     from hpcpar.comm.bootstrap import connect, open_process_group
-    from hpcpar.comm.crowd import crowded_ranks, give_way, place
+    from hpcpar.comm.crowd import let_later_stages_first, place
     from hpcpar.comm.groups import open_groups
     from hpcpar.comm.silent_backend import silent_world
     from hpcpar.config.surroundings import Surroundings
     from hpcpar.layout.layout import Layout
-    from hpcpar.layout.precedence import nice_levels
     from hpcpar.parallel.build import build, initialise
     from hpcpar.train.state import Progress
     from hpcpar.train.step import Trainee, train_step
@@ -56,8 +55,8 @@ def hpcpar_rank(sizes: Sizes, args: argparse.Namespace, profile: bool) -> None:
     layout = Layout(hpcpars_job(sizes, args))
     watch = Stopwatch()
     groups = open_groups(layout.mesh, world.rank)
-    if world.rank in crowded_ranks(world.control.all_gather(place(world.host))):
-        give_way(nice_levels(layout.chunk_ranks)[groups.at.pp_rank])
+    places = world.control.all_gather(place(world.host))
+    let_later_stages_first(places, world.rank, layout.chunk_ranks, groups.at.pp_rank)
     pipeline, optimizer = build(layout, groups, world.device, watch.note if profile else lambda action: None)
     initialise(optimizer, layout.job.train.seed)
     trainee, progress = Trainee(layout, groups, pipeline, optimizer, world.device), Progress()

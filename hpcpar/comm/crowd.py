@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcpar.layout.precedence import nice_levels
+
 Place = tuple[str, int]  # a rank's host and cores, a bit each
 AUTOGROUP = Path("/proc/self/autogroup")
 _TRIES = 1000
@@ -30,6 +32,12 @@ def crowded_ranks(places: Sequence[Place]) -> list[int]:
         cores[host] = cores.get(host, 0) | mine
     count = Counter(host for host, _ in places)
     return [rank for rank, (host, _) in enumerate(places) if count[host] > cores[host].bit_count()]
+
+
+def let_later_stages_first(places: Sequence[Place], global_rank: int, chunk_ranks: Sequence[int], pp_rank: int) -> None:
+    """Give way to later stages if this rank's host is crowded; for the process's life, as only root takes it back."""
+    if global_rank in crowded_ranks(places):
+        give_way(nice_levels(chunk_ranks)[pp_rank])
 
 
 def give_way(level: int) -> None:

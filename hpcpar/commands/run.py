@@ -92,10 +92,9 @@ def _train(args: argparse.Namespace, words: Words, surroundings: Surroundings) -
 def _watched(job: Job, world: World, folder: RunFolder, order: SampleOrder, surroundings: Surroundings) -> bool:
     """Train with witnesses beside the ranks; return whether the job is done."""
     from hpcpar.comm.bootstrap import close_process_group, open_process_group
-    from hpcpar.comm.crowd import crowded_ranks, give_way
+    from hpcpar.comm.crowd import let_later_stages_first
     from hpcpar.comm.watch import Watch
     from hpcpar.layout.layout import Layout
-    from hpcpar.layout.precedence import nice_levels
     from hpcpar.train.loop import start_run, train
     from hpcpar.train.shortage import explained
 
@@ -108,8 +107,9 @@ def _watched(job: Job, world: World, folder: RunFolder, order: SampleOrder, surr
         open_process_group(world)
         run = start_run(job, world, folder, order, surroundings.live, lambda action: watch.note(action=action))
         run.waits = lambda: dict(watch.recorder.waits)
-        if world.rank in crowded_ranks(run.places) and world.device.type == "cpu":
-            give_way(nice_levels(run.trainee.layout.chunk_ranks)[run.trainee.groups.at.pp_rank])
+        if world.device.type == "cpu":
+            let_later_stages_first(run.places, world.rank, run.trainee.layout.chunk_ranks,
+                                   run.trainee.groups.at.pp_rank)
         logging.info("bootstrap: %s", ", ".join(f"{k} {v:.3f} s" for k, v in world.seconds.items()))
         done = train(run, watch.note)
         close_process_group()

@@ -21,7 +21,7 @@ PER_LEVEL = 1.25
 
 
 def nice_levels(chunk_ranks: Sequence[int]) -> list[int]:
-    """Return by how many levels each stage lets others go first; none where a rank's chunks are not next to another.
+    """Return by how many levels each stage lets others go first; 0 for all unless stage r is the r-th chunk alone.
 
     Loops and Vs bring every rank early and late chunks, so that none of them is later than another.
     """
