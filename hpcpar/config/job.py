@@ -54,9 +54,22 @@ class LayoutWish:
         1, "over dp are sharded: 1 the optimizer state, 2 gradients too, 3 weights too; [3, 8]: over each 8 neighbours "
            "in dp, such as those of a node, not over all (hybrid sharding)")
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
+    tp_overlap: int = option(1, "pieces of a layer's exchange over tp, each under way while other pieces' products are "
+                                "computed (GPUs); 1: it stands between them", 1)
     recompute: Literal["none", "selective", "full", "auto"] = option(
         "none", "recompute in backward: nothing, the attention block, the layer; auto: as little as fits by the plan")
     bucket_mib: float = option(32.0, "gradient bucket size in MiB", 0.001)
+
+    @property
+    def tp_pieces(self) -> int:
+        """In how many pieces a layer's exchanges over tp are: only those of parts of the tokens can be cut."""
+        return self.tp_overlap if self.sequence_parallel and self.tp > 1 else 1
+
+    @property
+    def sequence_text(self) -> str:
+        """Sequence parallelism, for people."""
+        pieces = f", exchanges in {self.tp_pieces} pieces" if self.tp_pieces > 1 else ""
+        return f"on{pieces}" if self.sequence_parallel and self.tp > 1 else "off"
 
     @property
     def zero_stage(self) -> int:

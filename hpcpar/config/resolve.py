@@ -94,6 +94,12 @@ def _check_cuts(job: Job) -> None:
     _require(not layout.sequence_parallel or model.seq % unit == 0, "model.seq", "sequence parallelism needs seq "
              f"divisible by layout.tp = {tp}{f' x layout.cp = {layout.cp}' if layout.cp > 1 else ''}, not {model.seq}",
              f"write seq = {max(1, model.seq // unit) * unit}, or --layout.sequence_parallel false")
+    own = model.seq // unit
+    _require(layout.tp_overlap == 1 or tp == 1 or layout.sequence_parallel, "layout.tp_overlap", f"is "
+             f"{layout.tp_overlap}, but without sequence parallelism no exchange is of parts of the tokens",
+             "write sequence_parallel = true, or tp_overlap = 1")
+    _require(tp == 1 or own % layout.tp_overlap == 0, "layout.tp_overlap", f"{layout.tp_overlap} pieces of a rank's "
+             f"{own} tokens are not equally long", nearest(layout.tp_overlap, _divisors(own)))
     _require(layout.ep == 1, "layout.ep", f"is {layout.ep}, but the model has no experts", "write ep = 1")
     _require(model.seq % layout.cp == 0, "layout.cp", f"{layout.cp} does not divide model.seq = {model.seq}",
              nearest(layout.cp, _divisors(model.seq)))

@@ -18,7 +18,7 @@ def describe(layout: Layout) -> str:
         f"batch        {job.train.global_batch} sequences = {mesh.dp_size} replicas x "
         f"{layout.num_microbatches} microbatches x {job.train.microbatch}",
         f"schedule     {job.layout.schedule}{_chunks(layout)}, ZeRO {job.layout.zero_text}, sequence parallelism "
-        f"{'on' if layout.sequence_parallel else 'off'}, recompute {job.layout.recompute}",
+        f"{job.layout.sequence_text}, recompute {job.layout.recompute}",
         "",
     ]
     lines += [_stage(layout, stage) for stage in range(mesh.pp_size)]

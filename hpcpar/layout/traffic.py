@@ -150,7 +150,7 @@ class Traffic:
     def _forward_units(self, chunk: int) -> list[tuple[str, list[Call]]]:
         """List what a forward computes, with each unit's calls over tp."""
         units = [("embedding", self._leave[0])] if chunk == 0 else []
-        layer = (self._enter[0] + self._leave[0]) * 2
+        layer = (self._in_pieces(self._enter[0]) + self._in_pieces(self._leave[0])) * 2
         units += [(f"layers.{number}", layer) for number in self.layout.chunks[chunk]]
         if chunk == self._last_chunk:
             chunks = loss_chunks(self._tokens, self._loss_rows, self.layout.element_bytes) if self._tp_size > 1 else []
@@ -160,13 +160,14 @@ class Traffic:
 
     def _backward_units(self, chunk: int) -> list[tuple[str, list[Call]]]:
         """List what a backward computes, with each unit's calls over tp."""
-        part, back = self._enter[0] + self._leave[0], self._leave[1] + self._enter[1]
+        enter, leave = ([self._in_pieces(calls) for calls in pair] for pair in (self._enter, self._leave))
+        part, back = enter[0] + leave[0], leave[1] + enter[1]
         layer = back * 2
         if self.layout.job.layout.recompute == "full":
             # torch recomputes when backward first needs a kept tensor, and stops at the last one needed: without
-            # dropout's mask both lie before the exchange that leaves the MLP
-            dropout = self.layout.job.model.dropout > 0
-            layer = part * 2 + layer if dropout else self._leave[1] + part + self._enter[0] + self._enter[1] + back
+            # dropout's mask both lie before the exchange that leaves the MLP, unless its product is one with it
+            whole = self.layout.job.model.dropout > 0 or self.layout.job.layout.tp_pieces > 1
+            layer = part * 2 + layer if whole else leave[1] + part + enter[0] + enter[1] + back
         units = [("head", self._enter[1]), ("final_norm", [])] if chunk == self._last_chunk else []
         units += [(f"layers.{number}", layer) for number in reversed(self.layout.chunks[chunk])]
         return units + ([("embedding", self._leave[1])] if chunk == 0 else [])
@@ -229,6 +230,10 @@ class Traffic:
             return [Call(op, "tp", self._activation_bytes)] if op and self._tp_size > 1 else []
 
         return calls(forward), calls(backward)
+
+    def _in_pieces(self, calls: list[Call]) -> list[Call]:
+        pieces = self.layout.job.layout.tp_pieces
+        return [call._replace(num_bytes=call.num_bytes // pieces) for call in calls for _ in range(pieces)]
 
     def _over_dp(self, buckets: Sequence[Bucket]) -> list[Call]:
         op = "reduce_scatter" if self.layout.num_shards > 1 else "all_reduce"

@@ -67,6 +67,7 @@ class Attention(nn.Module):
         self.to_heads: Callable[[Tensor, int], Tensor] = to_heads
         self.from_heads: Exchange = from_heads
         self.compute: Callable[[Tensor, Tensor | None], Tensor] = self.attend
+        self.mix: Callable[..., Tensor] = self.mix_tokens
 
     def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         """Map [batch, seq(/tp), hidden] to the same shape."""
@@ -75,7 +76,11 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         """Map the tokens that `enter` gave, [..., hidden], to this rank's partial output of the same shape."""
-        q, k, v = (self.to_heads(y, self.head_dim) for y in self.project(x, self.q, self.k, self.v))
+        return self.out.without_bias(self.mix(*self.project(x, self.q, self.k, self.v), rotary))
+
+    def mix_tokens(self, q: Tensor, k: Tensor, v: Tensor, rotary: Tensor | None) -> Tensor:
+        """Map queries, keys and values [..., heads x head_dim] to weighted sums of values, shaped as the queries."""
+        q, k, v = (self.to_heads(y, self.head_dim) for y in (q, k, v))
         if self.qk_norm:  # without weights, so that nothing is added to a checkpoint; rotation keeps the length
             q, k = (F.rms_norm(each, (self.head_dim,), eps=1e-5) for each in (q, k))
         if rotary is not None:
@@ -83,4 +88,4 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary[:, :seq]), rotate(k, rotary[:, :seq])
         grouped = k.shape[1] != q.shape[1]
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return self.out.without_bias(self.from_heads(heads))
+        return self.from_heads(heads)

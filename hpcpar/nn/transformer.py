@@ -39,6 +39,16 @@ def head_loss(x: Tensor, scores: Vocabulary, targets: Tensor, factor: float, z_l
     return cross_entropy(scores.score(x), targets, z_loss) * factor
 
 
+def gelu(up: Tensor) -> Tensor:
+    """GELU by its tanh form, as GPT has it. Source: Hendrycks and Gimpel 2016, arXiv 1606.08415."""
+    return F.gelu(up, approximate="tanh")
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU of one product gates the other. Source: Shazeer 2020, arXiv 2002.05202."""
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """GELU (gpt) or SwiGLU (llama) between two matrices; `enter` and `leave` as in Attention."""
 
@@ -52,6 +62,7 @@ class MLP(nn.Module):
         self.enter: Exchange = identity
         self.leave: Exchange = identity
         self.compute: Exchange = self.transform
+        self.activate: Callable[..., Tensor] = gelu if self.gate is None else swiglu
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, seq(/tp), hidden] to the same shape."""
@@ -60,11 +71,8 @@ class MLP(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         """Map [batch, seq, hidden] to this rank's partial output of the same shape."""
-        if self.gate is None:
-            (up,) = self.project(x, self.up)
-            return self.down.without_bias(F.gelu(up, approximate="tanh"))
-        gate, up = self.project(x, self.gate, self.up)
-        return self.down.without_bias(F.silu(gate) * up)
+        first = (self.up,) if self.gate is None else (self.gate, self.up)
+        return self.down.without_bias(self.activate(*self.project(x, *first)))
 
 
 class Block(nn.Module):

@@ -41,17 +41,17 @@ def build(layout: Layout, groups: Groups, device: torch.device,
     for network in chunks.values():
         network.head_loss = HeadLoss(job.model.vocab, job.model.z_loss,
                                      chunk=torch.compile(chunk_loss) if compiled else chunk_loss)
+        for block in network.blocks() if not compiled else ():  # the compiler sees no sinks
+            block.attention.project = block.mlp.project = project
         if groups.tp is not None:
             apply_tensor_parallelism(network, layout, groups.tp, at.tp_rank)
+        overlapped = layout.job.layout.tp_pieces > 1
         if compiled:
-            _compile(network, whole_layers=groups.tp is None and
+            _compile(network, overlapped, whole_layers=groups.tp is None and
                      job.model.dropout == 0 and job.layout.recompute != "selective")
-        else:  # the compiler sees neither sinks nor memory that comes back by itself
-            for block in network.blocks():
-                block.attention.project = block.mlp.project = project
-            if layout.sequence_parallel and groups.tp is not None:
-                compute_where_it_is_summed(network, groups.tp)
-        apply_recompute(network, job.layout.recompute)
+        elif layout.sequence_parallel and groups.tp is not None and not overlapped:
+            compute_where_it_is_summed(network, groups.tp)  # the compiler does not see memory that comes back by itself
+        apply_recompute(network, job.layout.recompute, overlapped)
         apply_gathering(network, layout, optimizer.buckets)
     seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq
     neighbours = Neighbours(groups, layout.chunk_ranks, dtype, device)
@@ -64,11 +64,14 @@ def initialise(optimizer: ShardedOptimizer, seed: int) -> None:
     optimizer.fill(lambda piece: initial_values(piece.parameter, piece.box, seed, device))
 
 
-def _compile(stage: Transformer, whole_layers: bool) -> None:
-    """Compile every layer, or what lies between its exchanges."""
+def _compile(stage: Transformer, overlapped: bool, whole_layers: bool) -> None:
+    """Compile every layer, or what lies between its exchanges, and the products that they overlap with."""
     for block in stage.blocks():
         if whole_layers:
             block.compile()
+        elif overlapped:
+            block.attention.mix = torch.compile(block.attention.mix)
+            block.mlp.activate = torch.compile(block.mlp.activate)
         else:
             block.attention.compute = torch.compile(block.attention.compute)
             block.mlp.compute = torch.compile(block.mlp.compute)

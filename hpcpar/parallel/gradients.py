@@ -11,7 +11,6 @@ rows of the embedding) stays with I: it is small.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,9 +55,12 @@ class Sink:
         self.done()
 
     def add_product(self, grad: Tensor, x: Tensor) -> None:
-        """Add grad^T x, a whole contribution: grad [tokens, out], x [tokens, in]."""
-        self.accumulate(grad, x)
-        self.done()
+        """Add grad^T x, a whole contribution, or put it off: grad [tokens, out], x [tokens, in]."""
+        def add() -> None:
+            self.accumulate(grad, x)
+            self.done()
+
+        add() if self.put_off is None else self.put_off.append(add)
 
     def accumulate(self, grad: Tensor, x: Tensor) -> None:
         """Add grad^T x, a part of a contribution; `grad` may leave out the last rows of a padded vocabulary."""
@@ -109,12 +111,10 @@ class _Products(Function):
         x, *weights = ctx.saved_tensors
         flats = [grad.flatten(0, -2) for grad in grads]
         backwards = list(zip(flats, weights, ctx.sinks, strict=True))[::-1]  # as autograd does, and buckets are packed
-        dx = _input_gradient(x, backwards, ctx.sinks[0].input_room) if ctx.needs_input_grad[0] else None
+        dx = input_gradient(x, [(flat, weight) for flat, weight, _ in backwards], ctx.sinks[0].input_room) \
+            if ctx.needs_input_grad[0] else None
         for flat, _, sink in backwards:
-            if sink.put_off is None:
-                sink.add_product(flat, x.flatten(0, -2))
-            else:
-                sink.put_off.append(partial(sink.add_product, flat, x.flatten(0, -2)))
+            sink.add_product(flat, x.flatten(0, -2))
         biases = [flat.sum(0) if ctx.needs_input_grad[3 + 2 * index] else None for index, flat in enumerate(flats)]
         return dx, None, *(each for bias in biases for each in (None, bias))
 
@@ -127,13 +127,14 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Ten
     return out
 
 
-def _input_gradient(x: Tensor, products: Sequence[tuple[Tensor, Tensor, Sink]], room: Room | None) -> Tensor:
+def input_gradient(x: Tensor, products: Sequence[tuple[Tensor, Tensor]], room: Room | None = None) -> Tensor:
+    """Return the gradient of x [..., in] from (gradient [tokens, out], weight [out, in]) of every product with it."""
     dx = room(x.shape, x) if room else None
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    flat, ((first, weight, _), *rest) = dx.flatten(0, -2), products
+    flat, ((first, weight), *rest) = dx.flatten(0, -2), products
     torch.mm(first, weight, out=flat)
-    for grad, weight, _ in rest:
+    for grad, weight in rest:
         torch.addmm(flat, grad, weight, out=flat)  # torch's counter of FLOPs does not see addmm_
     return dx
 

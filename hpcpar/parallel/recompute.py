@@ -11,10 +11,11 @@ from hpcpar.nn.dropout import Draw
 from hpcpar.nn.transformer import Block, Transformer
 
 
-def apply_recompute(stage: Transformer, mode: str) -> None:
+def apply_recompute(stage: Transformer, mode: str, overlapped: bool) -> None:
     """Set what a stage recomputes, in place.
 
-    "selective" repeats q, k, v and the attention between its exchanges (no communication); "full" repeats the layer,
+    "selective" repeats q, k, v and the attention between its exchanges (no communication), or where these are
+    `overlapped` with the products of q, k, v and the output, the attention between those; "full" repeats the layer,
     exchanges included, and keeps only its input. Nothing random has state here (dropout is a hash), so no generator
     is saved. Source: Korthikanti et al. 2022, arXiv 2205.05198, section 5.
     """
@@ -23,7 +24,10 @@ def apply_recompute(stage: Transformer, mode: str) -> None:
         stage.run_block = _recomputed_block
     elif mode == "selective":
         for block in stage.blocks():
-            block.attention.compute = _Recomputed(block.attention.compute)
+            if overlapped:
+                block.attention.mix = _Recomputed(block.attention.mix)
+            else:
+                block.attention.compute = _Recomputed(block.attention.compute)
 
 
 def _recomputed_block(block: Block, x: Tensor, rotary: Tensor | None, draw: Draw | None) -> Tensor:
@@ -37,6 +41,6 @@ class _Recomputed:
     def __init__(self, compute: Any):
         self.compute = compute
 
-    def __call__(self, x: Tensor, rotary: Tensor | None) -> Tensor:
-        out: Tensor = checkpoint(self.compute, x, rotary, use_reentrant=False, preserve_rng_state=False)
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        out: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return out

@@ -61,8 +61,10 @@ class ShardedOptimizer:
         for module in modules:
             setattr(module, leaf, parameter)
 
-        # the compiler cannot see through a product that writes where it was not told to; it sees no vocabulary
-        compiled = compiles(self.layout.job, on_gpu=gradient.flat.own_grads.is_cuda)
+        # the compiler cannot see through a product that writes where it was not told to; it sees no vocabulary, and no
+        # products that exchanges overlap with
+        job = self.layout.job
+        compiled = compiles(job, on_gpu=gradient.flat.own_grads.is_cuda) and job.layout.tp_pieces == 1
         takes_sink = Vocabulary if compiled else Linear | Vocabulary
         matrices = [module for module in modules if isinstance(module, takes_sink)]
         sink = Sink(partial(gradient.part, slot), gradient.count, self._put_off)

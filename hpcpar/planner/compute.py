@@ -12,6 +12,7 @@ from hpcpar.planner.kernels import fused_attention_s, moved_s, product_s
 from hpcpar.planner.network import gather_s, ring
 from hpcpar.planner.practice import Practice
 
+BESIDE = 0.10  # of the time of an exchange that runs beside products: what it takes from their multiprocessors
 BLOCKED_LAUNCH_S = 36e-6  # of a kernel that the host waits for: its end, the next operation in Python, its launch
 
 
@@ -51,6 +52,7 @@ class Cut:
     cp: int
     sequence_parallel: bool
     precision: str
+    pieces: int = 1  # of an exchange over tp
 
     @property
     def seq(self) -> int:
@@ -89,6 +91,10 @@ class _Rank:
         rows = self.cut.tokens if m is None else m
         return product_s(self.machine, rows, n, k, self.cut.precision, batch) + self.launch_s
 
+    def in_pieces(self, n: int, k: int) -> float:
+        """A product of a layer, with as many tokens at a time as a piece of an exchange over tp brings."""
+        return self.cut.pieces * self.product(n, k, self.cut.tokens // self.cut.pieces)
+
     def linear_backward(self, n: int, k: int) -> float:
         """The input's gradient and the weight's."""
         return self.product(k, n) + self.product(k, self.cut.tokens, m=n)
@@ -96,26 +102,38 @@ class _Rank:
     def moved(self, num_bytes: float, kernels: int = 1) -> float:
         return moved_s(self.machine, num_bytes, kernels, self.launch_s)
 
-    def exchange(self) -> float:
+    def exchange(self, pieces: int = 1) -> float:
         """Half an all-reduce of [batch, seq, hidden] over tp: an all-gather or a reduce-scatter of it."""
         if self.cut.tp == 1:
             return 0.0
-        seconds = gather_s(self.machine, ring(self.machine, self.cut.tp, 1), self.wide)
+        seconds = pieces * gather_s(self.machine, ring(self.machine, self.cut.tp, 1), self.wide / pieces)
         if self.cut.sequence_parallel and self.cut.microbatch > 1 and self.practice.keeps_gathered:
             seconds += self.moved(2 * self.wide)  # [batch, seq] and [seq, batch] order: parts are copied into place
         return seconds
 
-    def projections(self) -> list[tuple[int, int]]:
-        """(out, in) of every product of a layer on this rank but the attention's own, in order; the last is `down`."""
+    def exposed(self, products: float, after: float = 0.0) -> float:
+        """What a layer's exchange adds to the products that it is beside, piece by piece, and to those `after` them."""
+        pieces = self.cut.pieces
+        whole = self.exchange(pieces)
+        if pieces == 1 or self.machine.is_cpu:  # there the cores that compute also copy
+            return whole
+        piece, beside = whole / pieces, products / pieces
+        alone = max(0.0, piece + (pieces - 1) * max(piece, beside) + beside - products - after)
+        return alone + BESIDE * (whole - alone)
+
+    def projections(self) -> list[list[tuple[int, int]]]:
+        """(out, in) of a layer's products on this rank but the attention's own, by what they lie beside: the exchange
+        that enters attention, leaves it, enters the MLP, leaves it.
+        """
         model, tp = self.cut.model, self.cut.tp
         hidden, ffn = model.hidden, required(model.ffn)
         kv = max(hidden // model.heads * required(model.kv_heads) // tp, hidden // model.heads)
         gates = 1 if model.kind == "gpt" else 2
         if self.practice.packed_projections:
-            return [(hidden // tp + 2 * kv, hidden), (hidden, hidden // tp), (gates * ffn // tp, hidden),
-                    (hidden, ffn // tp)]
-        return [(hidden // tp, hidden), (kv, hidden), (kv, hidden), (hidden, hidden // tp),
-                *[(ffn // tp, hidden)] * gates, (hidden, ffn // tp)]
+            first, up = [(hidden // tp + 2 * kv, hidden)], [(gates * ffn // tp, hidden)]
+        else:
+            first, up = [(hidden // tp, hidden), (kv, hidden), (kv, hidden)], [(ffn // tp, hidden)] * gates
+        return [first, [(hidden, hidden // tp)], up, [(hidden, ffn // tp)]]
 
     def core(self, backward: bool) -> float:
         """Scores and weighted sums."""
@@ -160,15 +178,19 @@ def layer_time(cut: Cut, machine: Machine, practice: Practice, recompute: str) -
     """Price one layer on one microbatch."""
     rank = _Rank(cut, machine, practice)
     shapes = rank.projections()
-    forward_matmul = [rank.product(n, k) for n, k in shapes]
-    backward_matmul = sum(rank.linear_backward(n, k) for n, k in shapes)
+    products = [sum(rank.in_pieces(n, k) for n, k in part) for part in shapes]
+    of_inputs = [sum(rank.in_pieces(k, n) for n, k in part) for part in shapes]
+    of_weights = [sum(rank.product(k, cut.tokens, m=n) for n, k in part) for part in shapes]
     core, core_back = rank.core(False), rank.core(True)
-    exchange = rank.exchange()
+    tensor = sum(rank.exposed(part) for part in products)
+    # in backward a sum is under way beside the weights' gradients too, a gathering is not
+    tensor_back = sum(rank.exposed(part, after) for part, after in
+                      zip(of_inputs, (of_weights[0], 0.0, of_weights[2], 0.0), strict=True))
     context = _context_s(cut, machine)
-    forward = Seconds(sum(forward_matmul), core, _elementwise(rank, False), 4 * exchange, context)
-    backward = Seconds(backward_matmul, core_back, _elementwise(rank, True), 4 * exchange, 2 * context)
+    forward = Seconds(sum(products), core, _elementwise(rank, False), tensor, context)
+    backward = Seconds(sum(of_inputs) + sum(of_weights), core_back, _elementwise(rank, True), tensor_back, 2 * context)
     if cut.sequence_parallel and cut.tp > 1 and not practice.keeps_gathered:
-        backward = backward._replace(tensor=6 * exchange)  # inputs gathered again for the weights' gradients
+        backward = backward._replace(tensor=6 * rank.exchange())  # inputs gathered again for the weights' gradients
     if practice.overlaps_tensor:
         hidden = min(0.5 * (forward.tensor + backward.tensor), 0.5 * (forward.matmul + backward.matmul))
         share = 1 - hidden / max(forward.tensor + backward.tensor, 1e-12)
@@ -184,8 +206,7 @@ def layer_time(cut: Cut, machine: Machine, practice: Practice, recompute: str) -
     elif recompute == "selective":
         again = Seconds(attention=core)
         if practice.recomputes_projections:
-            count = 2 if practice.packed_projections else 4  # q, k, v and the output
-            again = again._replace(matmul=sum(forward_matmul[:count]))
+            again = again._replace(matmul=sum(products[:2]))
     return LayerTime(forward, backward, again)
 
 

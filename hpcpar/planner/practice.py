@@ -49,5 +49,8 @@ TRAINER = Practice(chunked_loss=True)
 
 
 def trainer(job: Job, on_gpu: bool) -> Practice:
-    """Return how hpcpar carries a job out: with compiled layers or without."""
-    return replace(TRAINER, fused=compiles(job, on_gpu))
+    """Return how hpcpar carries a job out: with compiled layers or without, exchanges over tp apart from products or
+    one with them.
+    """
+    whole = job.layout.tp_pieces == 1
+    return replace(TRAINER, fused=compiles(job, on_gpu), stops_early=whole, recomputes_projections=whole)

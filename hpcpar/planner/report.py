@@ -8,7 +8,7 @@ from hpcpar.config.job import required
 from hpcpar.planner import flops
 from hpcpar.planner.money import RESTART_S
 from hpcpar.planner.plan import Plan
-from hpcpar.planner.search import remedies
+from hpcpar.planner.search import faster_by_overlap, remedies
 from hpcpar.units import format_bytes, format_count, format_seconds
 
 PARTS = {
@@ -46,7 +46,7 @@ def _layout(plan: Plan) -> list[str]:
         f"layout       {job.world_size} {plan.machine.name} = tp {wish.tp} x pp {wish.pp}{chunks} x dp {pricing.dp}"
         + (f" x cp {wish.cp}" if wish.cp > 1 else "")
         + f"; {wish.schedule}, ZeRO-{wish.zero_text}, recompute {wish.recompute}, sequence parallelism "
-        + ("on" if pricing.cut.sequence_parallel else "off"),
+        + wish.sequence_text,
         f"             {pricing.num_microbatches} microbatches of {job.train.microbatch} a replica; "
         f"{max(pricing.layers)} layers a chunk{uneven}",
     ]
@@ -80,6 +80,8 @@ def _time(plan: Plan) -> list[str]:
         if seconds > 0.0005 * time.total:
             hidden = time.hidden.get(name, 0.0)
             beside = f"  (and {format_seconds(hidden)} hidden behind backward)" if hidden > 0.001 * time.total else ""
+            if name == "tensor" and (faster := faster_by_overlap(plan)):
+                beside = f"  ({faster})"
             lines.append(f"  {PARTS[name]:<36} {format_seconds(seconds):>10} {seconds / time.total:>6.1%}{beside}")
     if job.checkpoint.every:
         kept = plan.run.goodput

@@ -9,7 +9,7 @@ from hpcpar.config.job import Job, required
 from hpcpar.layout.schedule import Schedule, in_flight, place_chunks
 from hpcpar.layout.schedule.table import parse_table
 from hpcpar.layout.stages import split_layers
-from hpcpar.planner.compute import Cut, Seconds, ends_time, layer_time
+from hpcpar.planner.compute import BESIDE, Cut, Seconds, ends_time, layer_time
 from hpcpar.planner.hardware import Machine
 from hpcpar.planner.memory import ELEMENT_BYTES, Memory, stage_memory
 from hpcpar.planner.network import gather_s, message_s, reduce_s, ring
@@ -18,7 +18,6 @@ from hpcpar.planner.practice import TRAINER, Practice, trainer
 from hpcpar.planner.sharing import Node, as_rank_sees, shared_length_s
 from hpcpar.planner.timeline import held, length_s, pipeline_s, played_s, steady_step_s
 
-BESIDE = 0.10  # of the time of an exchange that runs beside products: what it takes from their multiprocessors
 TAIL = 0.1  # of the last backward: its gradients come too late for their sum to be hidden
 
 
@@ -68,7 +67,7 @@ class Pricing:
         self.dp = required(wish.dp)
         self.num_microbatches = train.global_batch // (self.dp * train.microbatch)
         self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.sequence_parallel and wish.tp > 1,
-                       train.precision)
+                       train.precision, wish.tp_pieces)
         inner = (wish.num_shards if wish.zero_stage else self.dp) * wish.cp
         self.dp_ring = ring(machine, inner, wish.tp)
         self.across_ring = ring(machine, self.dp * wish.cp // inner, wish.tp * inner)  # hybrid: who owns the same

@@ -58,16 +58,16 @@ class Outcome:
 class Chain:
     """One run folder, and the faults that fall on it."""
 
-    def __init__(self, place: Path, name: str):
-        self.place, self.run = place, place / name
+    def __init__(self, place: Path, name: str, num_ranks: int = RANKS):
+        self.place, self.run, self.num_ranks = place, place / name, num_ranks
         self.job = place / "job.toml"
 
     def start(self, fault: str, rank: int, step: int, delay_s: float, until: int) -> tuple[int, str, float | None]:
         """Start the run, wait for its end; return code, stderr and the seconds from the fault to the end of all."""
         mark = self.place / "mark"
         mark.unlink(missing_ok=True)
-        command = ["mpirun", "-n", str(RANKS), sys.executable, "-m", "tests.chaos.faulty_train", fault, str(rank),
-                   str(step), str(delay_s), str(mark), "train", str(self.job), "--run", str(self.run),
+        command = ["mpirun", "-n", str(self.num_ranks), sys.executable, "-m", "tests.chaos.faulty_train", fault,
+                   str(rank), str(step), str(delay_s), str(mark), "train", str(self.job), "--run", str(self.run),
                    "--train.steps", str(until)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         try:
@@ -104,7 +104,7 @@ def living_pids(mark: str) -> list[int]:
 def strike(chain: Chain, seed: int) -> Outcome:
     """Play one seed on a chain."""
     rng = random.Random(seed)
-    fault, rank, step = FAULTS[seed % len(FAULTS)], rng.randrange(RANKS), rng.randint(2, STEPS_A_START - 2)
+    fault, rank, step = FAULTS[seed % len(FAULTS)], rng.randrange(chain.num_ranks), rng.randint(2, STEPS_A_START - 2)
     before = chain.newest()
     first = before + 1
     delay_s = 0.05 if fault == "slow" else rng.random() * 0.3
@@ -171,7 +171,7 @@ def compare_losses(chain: Chain, reference: Chain) -> str:
 
 
 def play(place: Path, seeds: Iterable[int], minutes: float, out: Path,
-         reference_steps: int = EVERY + SLOW_STEPS + 6 * STEPS_A_START) -> None:
+         reference_steps: int = EVERY + SLOW_STEPS + 6 * STEPS_A_START, num_ranks: int = RANKS) -> None:
     """Play seeds in chains of eight (the last, `nan`, changes the curve, so that losses are compared before it)."""
     end = time.monotonic() + 60 * minutes
     make_store(place) if not (place / "store").exists() else None
@@ -179,7 +179,7 @@ def play(place: Path, seeds: Iterable[int], minutes: float, out: Path,
                    data={"validate_every": 0, "validate_samples": 0}, checkpoint={"every": EVERY},
                    health={"step_limit_s": STEP_LIMIT_S}, optim={"decay_steps": 1000})
     (place / "job.toml").write_text(to_toml(job))
-    reference, seedling = Chain(place, "reference"), place / "seedling"
+    reference, seedling = Chain(place, "reference", num_ranks), place / "seedling"
     if not seedling.exists():  # every chain begins with a first set: without one a start in a used folder is refused
         reference.start("none", 0, 0, 0.0, EVERY)
         shutil.copytree(reference.run, seedling)
@@ -187,7 +187,7 @@ def play(place: Path, seeds: Iterable[int], minutes: float, out: Path,
     for seed in seeds:
         if time.monotonic() > end:
             return
-        chain = Chain(place, f"chain-{seed // len(FAULTS)}")
+        chain = Chain(place, f"chain-{seed // len(FAULTS)}", num_ranks)
         if not chain.run.exists():
             shutil.copytree(seedling, chain.run)
         found = strike(chain, seed)

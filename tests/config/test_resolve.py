@@ -101,6 +101,13 @@ def test_nearest_names_the_neighbours(wanted: int, legal: list[int], said: str) 
      "--layout.sequence_parallel false"),
     ({"layout": {"tp": 2, "sequence_parallel": False}, "model": {"seq": 9}}, None),
     ({"model": {"seq": 9}}, None),
+    ({"layout": {"tp": 2, "tp_overlap": 2, "sequence_parallel": False}},
+     "layout.tp_overlap: is 2, but without sequence parallelism no exchange is of parts of the tokens; write "
+     "sequence_parallel = true, or tp_overlap = 1"),
+    ({"layout": {"tp": 2, "tp_overlap": 4}, "model": {"seq": 12}},
+     "layout.tp_overlap: 4 pieces of a rank's 6 tokens are not equally long; nearest legal: 3 or 6"),
+    ({"layout": {"tp": 2, "tp_overlap": 3}, "model": {"seq": 12}}, None),
+    ({"layout": {"tp": 1, "tp_overlap": 5, "sequence_parallel": False}, "model": {"seq": 12}}, None),
     ({"layout": {"cp": 2}}, "layout.cp: is 2, but this version only runs cp = 1; write cp = 1"),
     ({"layout": {"zero": [3, 3], "dp": 8}}, "layout.zero: [3, 3] shards over 3 of layout.dp = 8 ranks: must be 2 or "
                                             "more and divide dp; nearest legal: 2 or 4"),
@@ -214,7 +221,8 @@ def random_tables(draw: random.Random) -> dict[str, dict[str, Any]]:
                   "tied": draw.random() < 0.5},
         "layout": {"tp": tp, "pp": pp, "dp": dp, "zero": draw.choice([0, 1, 2, 3]),
                    "cp": draw.choice([1] * 30 + [2]), "schedule": schedule, "chunks": chunks,
-                   "sequence_parallel": draw.random() < 0.5, "bucket_mib": draw.choice([0.001, 0.002, 1.0])},
+                   "sequence_parallel": draw.random() < 0.5, "tp_overlap": draw.choice([1, 1, 2]),
+                   "bucket_mib": draw.choice([0.001, 0.002, 1.0])},
         "train": {"global_batch": batch, "microbatch": microbatch},
         "optim": {"ramp": draw.choice([None] * 9 + [(microbatch, microbatch, 40)])},
     }

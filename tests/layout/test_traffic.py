@@ -28,6 +28,13 @@ def test_a_layer_moves_8bsh_over_tp(sequence_parallel):
     assert elements == 8 * SEQ * HIDDEN * 3 / 4
 
 
+def test_exchanges_in_pieces_move_the_same_in_more_calls():
+    whole, pieces = traffic(1, pp=4), traffic(1, pp=4, tp_overlap=4)
+    for way in ("forward", "backward"):
+        calls, cut = getattr(whole, way)(1), getattr(pieces, way)(1)
+        assert cut == tuple(call._replace(num_bytes=call.num_bytes // 4) for call in calls for _ in range(4))
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_full_recompute_repeats_all_but_the_last_exchange(sequence_parallel):
     """The formula's 12 b s h counts a whole second forward; torch stops before the exchange that leaves the MLP."""

@@ -24,6 +24,9 @@ CHUNKED = [{**EIGHT[0], "mesh": mesh, "schedule": schedule, "zero": zero} for me
             ((1, 2, 4), "1f1b", (1, 2)), ((2, 1, 4), "1f1b", (2, 2)), ((1, 2, 4), "zero-bubble", (3, 2)),
             ((1, 1, 8), "1f1b", (3, 8))]]
 
+IN_PIECES = [{**EIGHT[0], "mesh": (2, 2, 2), "sequence_parallel": True, "tp_overlap": 2, "recompute": recompute,
+              "dropout": 0.0, "zero": 1} for recompute in ("none", "selective", "full")]
+
 
 @pytest.fixture
 def issued(monkeypatch):
@@ -65,7 +68,7 @@ def test_a_loss_in_chunks_issues_exactly_these_calls(world, issued, monkeypatch,
     test_a_step_issues_exactly_these_calls(world, issued, {**CHUNKED[0], "mesh": (4, 2, 1), "zero": 1}, request)
 
 
-@pytest.mark.parametrize("choice", EIGHT + CHUNKED, ids=name_of)
+@pytest.mark.parametrize("choice", EIGHT + CHUNKED + IN_PIECES, ids=name_of)
 def test_a_step_issues_exactly_these_calls(world, issued, choice, request):
     """Where memory holds the weights of ZeRO 3 in common, their all-gathers fall away."""
     if choice["zero"] in (3, (3, 2), (3, 8)):

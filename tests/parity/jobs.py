@@ -18,6 +18,7 @@ FACTORS: dict[str, list[Any]] = {
     "mesh": MESHES,
     "schedule": ["1f1b", "gpipe"],
     "sequence_parallel": [True, False],
+    "tp_overlap": [1, 2],
     "tied": [True, False],
     "kind": ["gpt", "llama"],
     "vocab": [64, 61],
@@ -65,8 +66,10 @@ def all_pairs() -> list[Choice]:
 
 
 def idle(choice: Choice) -> bool:
-    """Whether one replica is to shard gradients or weights: the same as ZeRO 1."""
-    return choice.get("mesh", (1, 1, 2))[2] == 1 and choice.get("zero", 1) > 1
+    """Whether one replica is to shard gradients or weights, the same as ZeRO 1, or no exchange can be cut."""
+    tp, _, dp = choice.get("mesh", (2, 1, 2))
+    one_piece = tp in (1, 8) or not choice.get("sequence_parallel", True)
+    return (dp == 1 and choice.get("zero", 1) > 1) or (one_piece and choice.get("tp_overlap", 1) > 1)
 
 
 def row_pair(rng: np.random.Generator, pairs: set[tuple[str, int, str, int]]) -> tuple[str, int, str, int]:
@@ -95,7 +98,8 @@ def job_of(choice: Choice, precision: str = "fp64") -> Job:
                "dropout": choice["dropout"], "init_std": 0.1,
                **{name: choice[name] for name in STABILISERS if name in choice}},
         layout={"tp": tp, "pp": pp, "dp": dp, "schedule": choice["schedule"], "chunks": chunks, "zero": choice["zero"],
-                "sequence_parallel": choice["sequence_parallel"], "recompute": choice["recompute"],
+                "sequence_parallel": choice["sequence_parallel"], "tp_overlap": choice.get("tp_overlap", 1),
+                "recompute": choice["recompute"],
                 "bucket_mib": 0.02},
         train={"global_batch": 2 * batch if choice["ramp"] else batch, "microbatch": 1, "precision": precision,
                "steps": 20},

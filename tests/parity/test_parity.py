@@ -6,8 +6,12 @@ in `make parity-all PARITY_SAMPLE=pairs`.
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
 
+import pytest
+import torch
+
+from hpcpar.config.load import override
 from hpcpar.train.parity import compare
 from tests.parity.jobs import MESHES, all_pairs, job_of, name_of, random_tokens
 
@@ -69,6 +73,26 @@ def test_a_loss_in_chunks_equals_one_process(world, mesh, changes, monkeypatch):
     monkeypatch.setattr("hpcpar.layout.loss.LEAST_TOKENS", 3)
     monkeypatch.setattr("hpcpar.layout.loss.CHUNK_BYTES", 1)
     assert compare(job_of({**PLAIN, "mesh": mesh, **changes}), world, random_tokens(61, 8), 4, 1e-10).first == ""
+
+
+@pytest.mark.parametrize(("mesh", "pieces", "changes"), [
+    ((2, 1, 4), 4, {}), ((2, 2, 2), 2, {"schedule": "zero-bubble", "kind": "llama", "kv_heads": 2}),
+    ((4, 2, 1), 2, {"recompute": "selective", "zero": 0}),
+], ids=str)
+def test_exchanges_in_pieces_equal_one_process(world, mesh, pieces, changes):
+    """With two sequences a microbatch; the rows above have one."""
+    job = job_of({**PLAIN, "mesh": mesh, "tp_overlap": pieces, **changes})
+    job = override(job, train={"microbatch": 2, "global_batch": 2 * job.train.global_batch})
+    assert compare(job, world, random_tokens(61, 8), 4, 1e-10).first == ""
+
+
+@pytest.mark.parametrize("changes", [{}, {"kind": "llama", "recompute": "selective"}], ids=str)
+def test_exchanges_in_pieces_around_compiled_parts_equal_one_process(world, changes, monkeypatch):
+    """What lies between products is compiled, as far as needs no C++ compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    job = job_of({**PLAIN, "mesh": (2, 1, 1), "tp_overlap": 2, "spare_layers": 0, **changes})
+    job = override(job, train={"compile": True})
+    assert compare(job, world, random_tokens(61, 8), 2, 1e-10).first == ""
 
 
 @pytest.mark.parametrize("mesh", [m for m in MESHES if m[0] * m[1] * m[2] == 8], ids=str)

@@ -36,6 +36,7 @@ TABLES = some.fixed_dictionaries({
         "schedule": some.sampled_from(["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv",
                                        "dualpipev", "pipedream", "table"]),
         "sequence_parallel": some.booleans(), "recompute": some.sampled_from(["none", "selective", "full"]),
+        "tp_overlap": some.sampled_from([1, 1, 1, 2]),
     }, optional={"dp": FEW}),
     "train": some.fixed_dictionaries({
         "global_batch": some.sampled_from([1, 8, 24, 48, 96, 100, 192]), "microbatch": some.sampled_from([1, 1, 2, 3]),

@@ -111,6 +111,20 @@ def test_recomputation_adds_about_a_forward() -> None:
     assert layer_time(cut, machine, TRAINER, "none").again.total == 0
 
 
+def test_exchanges_in_pieces_lie_beside_products_on_gpus_only() -> None:
+    """Of p equal pieces one is left over in forward; in backward the sums lie beside the weights' gradients too."""
+    model, machine = yuan().model, load_machine(A100)
+    whole, halves, eighths = (layer_time(Cut(model, 1, 8, 1, True, "bf16", pieces), machine, TRAINER, "none")
+                              for pieces in (1, 2, 8))
+    assert 0.5 * whole.forward.tensor < halves.forward.tensor < 0.8 * whole.forward.tensor
+    assert halves.backward.tensor < halves.forward.tensor
+    assert halves.forward.total + halves.backward.total < whole.forward.total + whole.backward.total
+    assert eighths.forward.matmul > 1.05 * whole.forward.matmul  # 256 tokens at a time
+    on_cores = [layer_time(Cut(model, 1, 8, 1, True, "fp32", pieces), load_machine("cpu"), TRAINER, "none")
+                for pieces in (1, 2)]
+    assert on_cores[1].forward.tensor >= on_cores[0].forward.tensor
+
+
 def test_more_of_anything_takes_longer() -> None:
     machine = load_machine(A100)
     plain = Pricing(yuan(), machine).step().total

@@ -12,8 +12,9 @@ from hpcpar.errors import UserError
 from hpcpar.planner.params import total_parameters
 from hpcpar.planner.plan import make_plan
 from hpcpar.planner.practice import Practice
-from hpcpar.planner.search import layout_of, search, trainable
+from hpcpar.planner.search import faster_by_overlap, layout_of, search, trainable
 from hpcpar.planner.shapes import frontier, largest_in
+from hpcpar.units import format_seconds
 from tests.planner.jobs import job_of, mt_nlg, yuan
 
 
@@ -41,6 +42,24 @@ def test_200b_on_2048_devices_is_no_worse_than_published() -> None:
     """PanGu-alpha's shape on (8, 16, 16)."""
     job = job_of(64, 16384, 128, 8, 16, 16, 1024, train={"precision": "fp16"}, machine={"gpu": "ascend-910"})
     assert search(job, 2048).best[0].time.total <= make_plan(job).time.total
+
+
+def test_a_plan_names_the_pieces_of_tp_exchanges_that_it_foretells_a_gain_of() -> None:
+    job = job_of(96, 12288, 96, 8, 16, 8, 1536)
+    words = faster_by_overlap(make_plan(job))
+    assert words.startswith("--layout.tp_overlap 2: ")
+    overlapped = make_plan(override(job, layout={"tp_overlap": 2}))
+    assert words.endswith(f"a step of {format_seconds(overlapped.time.total)}")
+    for told in ({"tp_overlap": 2}, {"sequence_parallel": False}, {"tp": 1, "dp": 64}):
+        assert not faster_by_overlap(make_plan(resolve(override(job, layout=told), on_paper=True)))
+    assert not faster_by_overlap(make_plan(override(job, machine={"gpu": "cpu"})))
+
+
+def test_a_search_keeps_as_many_pieces_as_the_tokens_divide_into() -> None:
+    found = search(override(yuan(), layout={"tp_overlap": 512}), 2128, top=3)
+    assert {plan.job.layout.tp_overlap for plan in found.best} <= {1, 2, 4, 8, 16, 32, 64, 128, 256, 512}
+    for plan in found.best:
+        assert resolve(plan.job, 2128, on_paper=True) == plan.job
 
 
 def test_every_refusal_has_a_reason_and_a_count() -> None:
