@@ -31,7 +31,7 @@ test: $(TEST_READY) test-one test-ranks  ## the whole suite: file by file, then 
 
 test-one: $(TEST_READY)  ## the part that needs no ranks, and what starts its own
 	$(BIN)python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm tests  # as they come: long ones first
-	$(BIN)python -m pytest -q tests/slurm  # by itself: its daemons and ranks want the cores
+	$(BIN)python -m pytest -q --numprocesses 2 --dist worksteal tests/slurm  # by themselves: two clusters and their ranks
 
 test-ranks: $(TEST_READY)  ## the part that runs on 8 ranks
 	$(RANKS) $(BIN)python -m pytest -q tests
