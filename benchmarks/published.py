@@ -49,7 +49,7 @@ BLOOM = dataclasses.replace(DEEPSPEED, ceil_split=True, blocking_launches=True)
 FOUNDRY = Practice(
     flash=1, packed_projections=True, grad_bytes=2, accumulate_bytes=6, logits_bytes=4, adam_traffic=40)
 # torchtitan: FSDP2 with fp32 reduction, plain norms unless compiled, selective recomputation of every other product
-TITAN = Practice(accumulate_bytes=8, plain_norms=True, keeps_half_the_products=True)
+TITAN = Practice(accumulate_bytes=8, plain_norms=True, keeps_half_the_products=True, reorders_gathered=True)
 # NVIDIA NeMo and Megatron-Core of 2024: everything fused, flash attention, overlapped gradients
 NEMO = Practice(fused=True, packed_projections=True, keeps_gathered=False, accumulate_bytes=0, overlaps_tensor=True,
                 stops_early=False, recomputes_projections=False)

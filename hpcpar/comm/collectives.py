@@ -39,6 +39,12 @@ def reduce_scatter_flat(out: Tensor, whole: Tensor, group: Group, async_op: bool
     return work
 
 
+def wait(work: dist.Work | None) -> None:
+    """Wait for what was started; nothing was where a group has one rank."""
+    if work is not None:
+        work.wait()
+
+
 def shared_zeros(group: Group | None, numel: int, dtype: torch.dtype, device: torch.device,
                  common: bool = False) -> Tensor | None:
     """Return zeros [numel] in memory that the group shares, or None where its backend has none.

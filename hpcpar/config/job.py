@@ -57,7 +57,8 @@ class LayoutWish:
     tp_overlap: int = option(1, "pieces of a layer's exchange over tp, each under way while other pieces' products are "
                                 "computed (GPUs); 1: it stands between them", 1)
     recompute: Literal["none", "selective", "full", "auto"] = option(
-        "none", "recompute in backward: nothing, the attention block, the layer; auto: as little as fits by the plan")
+        "none", "recompute in backward: nothing, the attention block (with tp_overlap the attention alone), the layer; "
+                "auto: as little as fits by the plan")
     bucket_mib: float = option(32.0, "gradient bucket size in MiB", 0.001)
 
     @property

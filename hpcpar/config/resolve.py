@@ -96,7 +96,7 @@ def _check_cuts(job: Job) -> None:
              f"write seq = {max(1, model.seq // unit) * unit}, or --layout.sequence_parallel false")
     own = model.seq // unit
     _require(layout.tp_overlap == 1 or tp == 1 or layout.sequence_parallel, "layout.tp_overlap", f"is "
-             f"{layout.tp_overlap}, but without sequence parallelism no exchange is of parts of the tokens",
+             f"{layout.tp_overlap}, but without sequence parallelism an exchange cannot be cut into pieces",
              "write sequence_parallel = true, or tp_overlap = 1")
     _require(tp == 1 or own % layout.tp_overlap == 0, "layout.tp_overlap", f"{layout.tp_overlap} pieces of a rank's "
              f"{own} tokens are not equally long", nearest(layout.tp_overlap, _divisors(own)))
@@ -123,19 +123,19 @@ def _check_schedule(job: Job) -> None:
                  "1f1b": (1, 1)}.get(name, (1, None))
     _require(chunks >= low and (high is None or chunks <= high), "layout.chunks",
              f"is {chunks}, but {name} has {low if high else f'{low} or more'} a rank", f"write chunks = {low}")
-    _require(not (_splits(layout) and job.train.compile), "train.compile", f"does not go with {name}, which splits "
-             "backwards in two", "write compile = false, or schedule = 1f1b")
+    _require(not (splits_backward(layout) and job.train.compile), "train.compile", f"does not go with {name}, which "
+             "splits backwards in two", "write compile = false, or schedule = 1f1b")
 
 
 def compiles(job: Job, on_gpu: bool) -> bool:
     """Whether layers are compiled: where it is wished, else on GPUs in 16 bits, if the schedule lets it."""
     if job.train.compile is None:
-        return on_gpu and job.train.precision in ("bf16", "fp16") and not _splits(job.layout)
+        return on_gpu and job.train.precision in ("bf16", "fp16") and not splits_backward(job.layout)
     return job.train.compile
 
 
-def _splits(layout: LayoutWish) -> bool:
-    """Whether the schedule has backwards of input and weights apart."""
+def splits_backward(layout: LayoutWish) -> bool:
+    """Whether a schedule has backwards of input and weights apart."""
     own = any("W" in line for line in layout.table)
     return layout.schedule in ("zero-bubble", "zbv", "dualpipev") or own
 

@@ -47,7 +47,8 @@ def from_heads(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Attention over heads whose number falls out of the local weights: the module does not know tp.
 
-    `enter` and `leave` exchange activations around it: identity on one rank. Between them tokens may lie in any order
+    `enter` and `leave` exchange activations around it: identity on one rank, and where the products themselves
+    exchange (`project`, and `out`'s). Between them tokens may lie in any order
     that `to_heads` and `from_heads` agree on. The output bias is added after `leave`, once, because before it every tp
     rank would add it to its partial sum.
     """

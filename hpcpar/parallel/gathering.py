@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from hpcpar.comm.collectives import wait
 from hpcpar.layout.layout import Layout
 from hpcpar.layout.schedule import Kind
 from hpcpar.layout.traffic import needs_weights
@@ -58,8 +59,7 @@ class Gathering:
             if each is not None and each not in self._under_way:
                 self._under_way[each] = [flat.start_gather() for flat in self._flats[each]]
         for work in self._under_way.pop(unit):
-            if work is not None:
-                work.wait()
+            wait(work)
 
     def release(self, unit: str) -> None:
         """Keep a unit's owned weights only."""

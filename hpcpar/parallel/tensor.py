@@ -15,7 +15,7 @@ from hpcpar.nn.linear import Vocabulary
 from hpcpar.nn.transformer import Transformer
 from hpcpar.parallel.gradients import Sink
 from hpcpar.parallel.loss import HeadLoss
-from hpcpar.parallel.overlap import Pieces, overlap_exchanges
+from hpcpar.parallel.overlap import Overlap, overlap_exchanges
 
 
 def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, tp_rank: int) -> None:
@@ -32,7 +32,7 @@ def apply_tensor_parallelism(stage: Transformer, layout: Layout, group: Group, t
     num_parts = tp_size if sequence else 1
     for block in stage.blocks():
         if pieces > 1:
-            overlap_exchanges(block, Pieces(group, pieces))
+            overlap_exchanges(block, Overlap(group, pieces))
         else:
             for part in (block.attention, block.mlp):
                 part.enter, part.leave = enter, leave

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hpcpar.comm.collectives import gather_flat
+from hpcpar.comm.collectives import gather_flat, wait
 from hpcpar.comm.groups import Groups
 from hpcpar.config.resolve import compiles
 from hpcpar.layout.buckets import Piece, Slot
@@ -135,8 +135,7 @@ class ShardedOptimizer:
             if self.groups.dp is not None and self.layout.num_shards > 1 and not flat.gathers:
                 works.append(gather_flat(flat.weights, flat.own_weights, self.groups.dp, async_op=True))
         for work in works:
-            if work is not None:
-                work.wait()
+            wait(work)
 
     def fill(self, value_of: Callable[[Piece], Tensor]) -> None:
         """Set the owned master weights piece by piece, and publish them; the moments stay as they are."""

@@ -53,6 +53,7 @@ class Cut:
     sequence_parallel: bool
     precision: str
     pieces: int = 1  # of an exchange over tp
+    puts_off: bool = False  # products for the weights' gradients, as a schedule with W does
 
     @property
     def seq(self) -> int:
@@ -107,7 +108,7 @@ class _Rank:
         if self.cut.tp == 1:
             return 0.0
         seconds = pieces * gather_s(self.machine, ring(self.machine, self.cut.tp, 1), self.wide / pieces)
-        if self.cut.sequence_parallel and self.cut.microbatch > 1 and self.practice.keeps_gathered:
+        if self.cut.sequence_parallel and self.cut.microbatch > 1 and self.practice.reorders_gathered:
             seconds += self.moved(2 * self.wide)  # [batch, seq] and [seq, batch] order: parts are copied into place
         return seconds
 
@@ -183,9 +184,9 @@ def layer_time(cut: Cut, machine: Machine, practice: Practice, recompute: str) -
     of_weights = [sum(rank.product(k, cut.tokens, m=n) for n, k in part) for part in shapes]
     core, core_back = rank.core(False), rank.core(True)
     tensor = sum(rank.exposed(part) for part in products)
-    # in backward a sum is under way beside the weights' gradients too, a gathering is not
-    tensor_back = sum(rank.exposed(part, after) for part, after in
-                      zip(of_inputs, (of_weights[0], 0.0, of_weights[2], 0.0), strict=True))
+    # in backward a sum is under way beside the weights' gradients too, unless these are put off; a gathering is not
+    after = (0.0,) * 4 if cut.puts_off else (of_weights[0], 0.0, of_weights[2], 0.0)
+    tensor_back = sum(map(rank.exposed, of_inputs, after))
     context = _context_s(cut, machine)
     forward = Seconds(sum(products), core, _elementwise(rank, False), tensor, context)
     backward = Seconds(sum(of_inputs) + sum(of_weights), core_back, _elementwise(rank, True), tensor_back, 2 * context)

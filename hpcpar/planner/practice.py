@@ -22,6 +22,7 @@ class Practice:
     packed_projections: bool = False  # q, k, v (and gate, up) are one product each
     dropout: bool = False  # masks are kept and applied after attention and MLP
     keeps_gathered: bool = True  # sequence parallelism keeps the gathered input; else it is gathered again in backward
+    reorders_gathered: bool = False  # and copies it from ranks' order into the sequence's, with several in a microbatch
     stops_early: bool = True  # full recomputation leaves out the layer's last exchange
     recomputes_projections: bool = True  # "selective" repeats all of attention; False: without its products
     keeps_half_the_products: bool = False  # "selective" keeps every other product's result and the attention's instead

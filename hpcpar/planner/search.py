@@ -156,7 +156,7 @@ def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda j
             continue
         if not accept(changed):
             continue
-        other = make_plan(changed, plan.pricing.whole, plan.pricing.practice, exact=False)
+        other = make_plan(changed, plan.pricing.whole, exact=False)
         if other.fits and other.time.total > 0:
             found.append((other.time.total, f"--{text}: {format_bytes(other.spare_bytes)} spare, a step of "
                           f"{format_seconds(other.time.total)}"))
@@ -173,11 +173,13 @@ def faster_by_overlap(plan: Plan) -> str:
             except UserError:
                 continue
             other = make_plan(changed, plan.pricing.whole, exact=False)
-            trials += [(other.time.total, pieces)] if other.fits else []
-    seconds, pieces = min(trials, default=(plan.time.total, 1))
+            trials += [(other.time.total, pieces, other.spare_bytes)] if other.fits else []
+    seconds, pieces, spare = min(trials, default=(plan.time.total, 1, 0.0))
     if seconds > 0.99 * plan.time.total:
         return ""
-    return f"--layout.tp_overlap {pieces}: in {pieces} pieces beside products, a step of {format_seconds(seconds)}"
+    kept = "q, k, v kept, " if wish.recompute == "selective" else ""
+    return (f"--layout.tp_overlap {pieces}: in {pieces} pieces beside products, {kept}{format_bytes(spare)} spare, "
+            f"a step of {format_seconds(seconds)}")
 
 
 def trainable(job: Job) -> bool:
@@ -205,7 +207,9 @@ def describe_search(found: Found) -> str:
             f"{number:>3} {w.tp:>4}{w.pp:>4}{required(w.dp):>4}{w.cp:>4} {w.schedule:<15}{w.chunks:>5}"
             f"{plan.job.train.microbatch:>4}{w.zero_stage:>4} {w.recompute:<10}{format_seconds(plan.time.total):>10}"
             f"{plan.mfu:>7.1%}{plan.hfu:>7.1%}{plan.time.bubble:>7.1%}"
-            f"{format_bytes(plan.memory[plan.fullest].total):>11}" + ("" if trainable(plan.job) else "  planned only"))
+            f"{format_bytes(plan.memory[plan.fullest].total):>11}"
+            + (f"  in {w.tp_pieces} pieces over tp" if w.tp_pieces > 1 else "")
+            + ("" if trainable(plan.job) else "  planned only"))
     if len(found.best) > 1:
         lines += ["", _why_second(first, found.best[1])]
     lines += ["", "refused:"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hpcpar.config.job import Job, required
+from hpcpar.config.resolve import splits_backward
 from hpcpar.layout.schedule import Schedule, in_flight, place_chunks
 from hpcpar.layout.schedule.table import parse_table
 from hpcpar.layout.stages import split_layers
@@ -67,7 +68,7 @@ class Pricing:
         self.dp = required(wish.dp)
         self.num_microbatches = train.global_batch // (self.dp * train.microbatch)
         self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.sequence_parallel and wish.tp > 1,
-                       train.precision, wish.tp_pieces)
+                       train.precision, wish.tp_pieces, splits_backward(wish))
         inner = (wish.num_shards if wish.zero_stage else self.dp) * wish.cp
         self.dp_ring = ring(machine, inner, wish.tp)
         self.across_ring = ring(machine, self.dp * wish.cp // inner, wish.tp * inner)  # hybrid: who owns the same

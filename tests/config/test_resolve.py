@@ -102,7 +102,7 @@ def test_nearest_names_the_neighbours(wanted: int, legal: list[int], said: str) 
     ({"layout": {"tp": 2, "sequence_parallel": False}, "model": {"seq": 9}}, None),
     ({"model": {"seq": 9}}, None),
     ({"layout": {"tp": 2, "tp_overlap": 2, "sequence_parallel": False}},
-     "layout.tp_overlap: is 2, but without sequence parallelism no exchange is of parts of the tokens; write "
+     "layout.tp_overlap: is 2, but without sequence parallelism an exchange cannot be cut into pieces; write "
      "sequence_parallel = true, or tp_overlap = 1"),
     ({"layout": {"tp": 2, "tp_overlap": 4}, "model": {"seq": 12}},
      "layout.tp_overlap: 4 pieces of a rank's 6 tokens are not equally long; nearest legal: 3 or 6"),

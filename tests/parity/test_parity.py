@@ -77,10 +77,13 @@ def test_a_loss_in_chunks_equals_one_process(world, mesh, changes, monkeypatch):
 
 @pytest.mark.parametrize(("mesh", "pieces", "changes"), [
     ((2, 1, 4), 4, {}), ((2, 2, 2), 2, {"schedule": "zero-bubble", "kind": "llama", "kv_heads": 2}),
-    ((4, 2, 1), 2, {"recompute": "selective", "zero": 0}),
+    ((4, 2, 1), 2, {"recompute": "selective", "zero": 0, "kv_heads": 2}),
+    ((4, 1, 2), 2, {"recompute": "full", "zero": 3, "kind": "llama", "kv_heads": 2}),
 ], ids=str)
-def test_exchanges_in_pieces_equal_one_process(world, mesh, pieces, changes):
+def test_exchanges_in_pieces_equal_one_process(world, mesh, pieces, changes, request):
     """With two sequences a microbatch; the rows above have one."""
+    if changes.get("zero") == 3:
+        request.getfixturevalue("apart")
     job = job_of({**PLAIN, "mesh": mesh, "tp_overlap": pieces, **changes})
     job = override(job, train={"microbatch": 2, "global_batch": 2 * job.train.global_batch})
     assert compare(job, world, random_tokens(61, 8), 4, 1e-10).first == ""

@@ -117,7 +117,8 @@ def test_exchanges_in_pieces_lie_beside_products_on_gpus_only() -> None:
     whole, halves, eighths = (layer_time(Cut(model, 1, 8, 1, True, "bf16", pieces), machine, TRAINER, "none")
                               for pieces in (1, 2, 8))
     assert 0.5 * whole.forward.tensor < halves.forward.tensor < 0.8 * whole.forward.tensor
-    assert halves.backward.tensor < halves.forward.tensor
+    put_off = layer_time(Cut(model, 1, 8, 1, True, "bf16", 2, puts_off=True), machine, TRAINER, "none")
+    assert halves.backward.tensor < halves.forward.tensor < 1.1 * put_off.backward.tensor
     assert halves.forward.total + halves.backward.total < whole.forward.total + whole.backward.total
     assert eighths.forward.matmul > 1.05 * whole.forward.matmul  # 256 tokens at a time
     on_cores = [layer_time(Cut(model, 1, 8, 1, True, "fp32", pieces), load_machine("cpu"), TRAINER, "none")

@@ -47,7 +47,8 @@ def test_200b_on_2048_devices_is_no_worse_than_published() -> None:
 def test_a_plan_names_the_pieces_of_tp_exchanges_that_it_foretells_a_gain_of() -> None:
     job = job_of(96, 12288, 96, 8, 16, 8, 1536)
     words = faster_by_overlap(make_plan(job))
-    assert words.startswith("--layout.tp_overlap 2: ")
+    assert words.startswith("--layout.tp_overlap 2: in 2 pieces beside products, ") and "kept" not in words
+    assert "q, k, v kept" in faster_by_overlap(make_plan(override(job, layout={"recompute": "selective"})))
     overlapped = make_plan(override(job, layout={"tp_overlap": 2}))
     assert words.endswith(f"a step of {format_seconds(overlapped.time.total)}")
     for told in ({"tp_overlap": 2}, {"sequence_parallel": False}, {"tp": 1, "dp": 64}):
@@ -56,10 +57,12 @@ def test_a_plan_names_the_pieces_of_tp_exchanges_that_it_foretells_a_gain_of() -
 
 
 def test_a_search_keeps_as_many_pieces_as_the_tokens_divide_into() -> None:
-    found = search(override(yuan(), layout={"tp_overlap": 512}), 2128, top=3)
-    assert {plan.job.layout.tp_overlap for plan in found.best} <= {1, 2, 4, 8, 16, 32, 64, 128, 256, 512}
+    job = job_of(24, 2304, 24, 2, 1, 16, 512, layout={"tp_overlap": 6}, model={"seq": 2048 + 1024})
+    found = search(override(job, layout={"tp_overlap": 9}), 32, top=30)
+    pieces = {plan.job.layout.tp: plan.job.layout.tp_overlap for plan in found.best}
+    assert pieces == {tp: 1 if tp == 1 else 3 for tp in pieces} and max(pieces) > 1
     for plan in found.best:
-        assert resolve(plan.job, 2128, on_paper=True) == plan.job
+        assert resolve(plan.job, 32, on_paper=True) == plan.job
 
 
 def test_every_refusal_has_a_reason_and_a_count() -> None:
