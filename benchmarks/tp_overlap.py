@@ -16,7 +16,6 @@ import math
 import statistics
 import time
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from hpcpar.config.job import Job
 from hpcpar.config.load import override
 from hpcpar.config.resolve import resolve
 from hpcpar.layout.layout import Layout
+from hpcpar.layout.traffic import Call, wire_bytes
 from hpcpar.parallel.build import build, initialise
 from hpcpar.train.state import Progress
 from hpcpar.train.step import Trainee, train_step
@@ -71,19 +71,9 @@ class ClockedGroup(SilentGroup):
         super().__init__(rank, size)
         self.link = link
 
-    def _sent(self, whole: Tensor) -> dist.Work:
-        return self.link.carry((self.size() - 1) / self.size() * whole.nbytes)
-
-    def _allgather_base(self, output: Tensor, source: Tensor, opts: Any = None) -> dist.Work:
-        super()._allgather_base(output, source, opts)
-        return self._sent(output)
-
-    def _reduce_scatter_base(self, output: Tensor, source: Tensor, opts: Any) -> dist.Work:
-        super()._reduce_scatter_base(output, source, opts)
-        return self._sent(source)
-
-    all_gather_single = _allgather_base
-    reduce_scatter_single = _reduce_scatter_base
+    def carried(self, operation: str, whole: Tensor) -> dist.Work:
+        """Send this rank's part, as a ring does."""
+        return self.link.carry(wire_bytes(Call(operation, "tp", whole.nbytes), self.size()))
 
 
 def job_of(tp: int, pieces: int) -> Job:

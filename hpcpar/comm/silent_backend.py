@@ -52,18 +52,22 @@ class SilentGroup(NamedGroup):
     def __init__(self, rank: int, size: int):
         super().__init__(rank, size, "silent", ("cpu", "cuda"))
 
-    def allreduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+    def carried(self, operation: str, whole: Tensor) -> dist.Work:
+        """Return what stands for an exchange of `whole`: done at once; other kinds of silence say otherwise."""
         return _Done()
+
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+        return self.carried("all_reduce", tensors[0])
 
     def _allgather_base(self, output: Tensor, source: Tensor, opts: Any = None) -> dist.Work:
         if not _overlap(output, source):  # else it is in its place
             output.view(self.size(), -1).copy_(source.reshape(1, -1))
-        return _Done()
+        return self.carried("all_gather", output)
 
     def _reduce_scatter_base(self, output: Tensor, source: Tensor, opts: Any) -> dist.Work:
         if not _overlap(output, source):
             output.view(-1).copy_(source.view(self.size(), -1)[self.rank()])
-        return _Done()
+        return self.carried("reduce_scatter", source)
 
     def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> dist.Work:
         return _Done()

@@ -64,13 +64,18 @@ class LayoutWish:
     @property
     def tp_pieces(self) -> int:
         """In how many pieces a layer's exchanges over tp are: only those of parts of the tokens can be cut."""
-        return self.tp_overlap if self.sequence_parallel and self.tp > 1 else 1
+        return self.tp_overlap if self.cuts_sequence else 1
+
+    @property
+    def cuts_sequence(self) -> bool:
+        """Whether sequence parallelism has anything to cut."""
+        return self.sequence_parallel and self.tp > 1
 
     @property
     def sequence_text(self) -> str:
         """Sequence parallelism, for people."""
         pieces = f", exchanges in {self.tp_pieces} pieces" if self.tp_pieces > 1 else ""
-        return f"on{pieces}" if self.sequence_parallel and self.tp > 1 else "off"
+        return f"on{pieces}" if self.cuts_sequence else "off"
 
     @property
     def zero_stage(self) -> int:

@@ -76,7 +76,7 @@ class Layout:
     @property
     def sequence_parallel(self) -> bool:
         """Whether norms and residuals are cut over tp."""
-        return self.job.layout.sequence_parallel and self.mesh.tp_size > 1
+        return self.job.layout.cuts_sequence
 
     @property
     def num_shards(self) -> int:

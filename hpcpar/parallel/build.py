@@ -41,8 +41,9 @@ def build(layout: Layout, groups: Groups, device: torch.device,
     for network in chunks.values():
         network.head_loss = HeadLoss(job.model.vocab, job.model.z_loss,
                                      chunk=torch.compile(chunk_loss) if compiled else chunk_loss)
-        for block in network.blocks() if not compiled else ():  # the compiler sees no sinks
-            block.attention.project = block.mlp.project = project
+        if not compiled:  # the compiler sees no sinks
+            for block in network.blocks():
+                block.attention.project = block.mlp.project = project
         if groups.tp is not None:
             apply_tensor_parallelism(network, layout, groups.tp, at.tp_rank)
         overlapped = layout.job.layout.tp_pieces > 1

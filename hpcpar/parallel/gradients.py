@@ -110,13 +110,8 @@ class _Products(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         flats = [grad.flatten(0, -2) for grad in grads]
-        backwards = list(zip(flats, weights, ctx.sinks, strict=True))[::-1]  # as autograd does, and buckets are packed
-        dx = input_gradient(x, [(flat, weight) for flat, weight, _ in backwards], ctx.sinks[0].input_room) \
-            if ctx.needs_input_grad[0] else None
-        for flat, _, sink in backwards:
-            sink.add_product(flat, x.flatten(0, -2))
-        biases = [flat.sum(0) if ctx.needs_input_grad[3 + 2 * index] else None for index, flat in enumerate(flats)]
-        return dx, None, *(each for bias in biases for each in (None, bias))
+        dx = input_gradient(x, flats, weights, ctx.sinks[0].input_room) if ctx.needs_input_grad[0] else None
+        return dx, None, *parameter_gradients(x, flats, ctx.sinks, ctx.needs_input_grad[2:])
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
@@ -127,16 +122,27 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Ten
     return out
 
 
-def input_gradient(x: Tensor, products: Sequence[tuple[Tensor, Tensor]], room: Room | None = None) -> Tensor:
-    """Return the gradient of x [..., in] from (gradient [tokens, out], weight [out, in]) of every product with it."""
+def input_gradient(x: Tensor, grads: Sequence[Tensor], weights: Sequence[Tensor], room: Room | None = None) -> Tensor:
+    """Return the gradient of x [..., in] from each product's gradient [tokens, out] and weight [out, in]."""
     dx = room(x.shape, x) if room else None
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    flat, ((first, weight), *rest) = dx.flatten(0, -2), products
+    flat, ((first, weight), *rest) = dx.flatten(0, -2), list(zip(grads, weights, strict=True))[::-1]  # as autograd does
     torch.mm(first, weight, out=flat)
     for grad, weight in rest:
         torch.addmm(flat, grad, weight, out=flat)  # torch's counter of FLOPs does not see addmm_
     return dx
+
+
+def parameter_gradients(x: Tensor, grads: Sequence[Tensor], sinks: Sequence[Sink],
+                        needed: Sequence[bool]) -> list[Tensor | None]:
+    """Add each weight's gradient to its sink, last first, as buckets are packed; return what autograd wants of weights
+    and biases in turn: nothing, and the bias' gradient where it is `needed`.
+    """
+    for grad, sink in zip(grads[::-1], sinks[::-1], strict=True):
+        sink.add_product(grad, x.flatten(0, -2))
+    return [each for grad, wanted in zip(grads, needed[1::2], strict=True)
+            for each in (None, grad.sum(0) if wanted else None)]
 
 
 class _Rows(Function):

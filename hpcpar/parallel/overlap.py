@@ -27,7 +27,7 @@ from hpcpar.comm.collectives import gather_flat, reduce_scatter_flat, wait
 from hpcpar.comm.groups import Group
 from hpcpar.nn.linear import Linear
 from hpcpar.nn.transformer import Block
-from hpcpar.parallel.gradients import Sink, input_gradient
+from hpcpar.parallel.gradients import Sink, input_gradient, parameter_gradients
 
 
 class Overlap(NamedTuple):
@@ -81,14 +81,11 @@ class _GatheredProducts(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gathered, *weights = ctx.saved_tensors
         flats = [grad.flatten(0, -2) for grad in grads]
-        backwards = list(zip(flats, weights, ctx.sinks, strict=True))[::-1]  # as autograd does, and buckets are packed
         sums = _Sums(ctx.overlap.group)
-        for index, x in enumerate(gathered):
-            sums.start(input_gradient(x, [(flat.chunk(len(gathered))[index], weight) for flat, weight, _ in backwards]))
-        for flat, _, sink in backwards:
-            sink.add_product(flat, gathered.flatten(0, -2))
-        biases = [flat.sum(0) if ctx.needs_input_grad[4 + 2 * index] else None for index, flat in enumerate(flats)]
-        return sums.joined(), None, None, *(each for bias in biases for each in (None, bias))
+        for x, *parts in zip(gathered, *(flat.chunk(len(gathered)) for flat in flats), strict=True):
+            sums.start(input_gradient(x, parts, weights))
+        of_parameters = parameter_gradients(gathered, flats, ctx.sinks, ctx.needs_input_grad[3:])
+        return sums.joined(), None, None, *of_parameters
 
 
 class _ScatteredProduct(Function):

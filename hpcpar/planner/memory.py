@@ -119,7 +119,7 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
     """
     model, wish, train = job.model, job.layout, job.train
     element = ELEMENT_BYTES[train.precision]
-    sequence_parallel = wish.sequence_parallel and wish.tp > 1
+    sequence_parallel = wish.cuts_sequence
     seq_cut = dataclasses.replace(model, seq=-(-model.seq // wish.cp)) if wish.cp > 1 else model
     states = state_memory(numel, wish.num_shards * wish.cp, wish.zero_stage, train.precision, practice)
 

@@ -133,6 +133,16 @@ def _schedules(num_layers: int, pp: int, num_microbatches: int, refused: Counter
     return tried + [("interleaved", v) for v in (2, 3, 4, 6, 8) if v * pp <= num_layers and num_layers % (v * pp) == 0]
 
 
+def _changed(plan: Plan, accept: Callable[[Job], bool] = lambda job: True, **changes: dict[str, Any]) -> Plan | None:
+    """Plan the changed job; None where the change breaks a rule, is not accepted, or does not fit."""
+    try:
+        job = resolve(override(plan.job, **changes), on_paper=True)
+    except UserError:
+        return None
+    other = make_plan(job, plan.pricing.whole, exact=False) if accept(job) else None
+    return other if other is not None and other.fits else None
+
+
 def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda job: True) -> list[str]:
     """Name the single changes that need less memory and make a plan fit, cheapest in time first."""
     job, wish, micro = plan.job, plan.job.layout, plan.job.train.microbatch
@@ -150,14 +160,8 @@ def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda j
                      {name: getattr(wish, name) * f, "dp": dp // f}, micro) for f in (2, 4, 8) if dp % f == 0]
     found = []
     for text, layout, microbatch in changes:
-        try:
-            changed = resolve(override(job, layout=layout, train={"microbatch": microbatch}), on_paper=True)
-        except UserError:
-            continue
-        if not accept(changed):
-            continue
-        other = make_plan(changed, plan.pricing.whole, exact=False)
-        if other.fits and other.time.total > 0:
+        other = _changed(plan, accept, layout=layout, train={"microbatch": microbatch})
+        if other is not None and other.time.total > 0:
             found.append((other.time.total, f"--{text}: {format_bytes(other.spare_bytes)} spare, a step of "
                           f"{format_seconds(other.time.total)}"))
     return [text for _, text in sorted(found)[:most]]
@@ -168,12 +172,8 @@ def faster_by_overlap(plan: Plan) -> str:
     wish, trials = plan.job.layout, []
     if not plan.machine.is_cpu and wish.tp_pieces == 1:
         for pieces in (2, 4):
-            try:
-                changed = resolve(override(plan.job, layout={"tp_overlap": pieces}), on_paper=True)
-            except UserError:
-                continue
-            other = make_plan(changed, plan.pricing.whole, exact=False)
-            trials += [(other.time.total, pieces, other.spare_bytes)] if other.fits else []
+            other = _changed(plan, layout={"tp_overlap": pieces})
+            trials += [(other.time.total, pieces, other.spare_bytes)] if other is not None else []
     seconds, pieces, spare = min(trials, default=(plan.time.total, 1, 0.0))
     if seconds > 0.99 * plan.time.total:
         return ""

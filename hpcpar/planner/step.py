@@ -67,7 +67,7 @@ class Pricing:
         self.machine = as_rank_sees(machine, self.node)
         self.dp = required(wish.dp)
         self.num_microbatches = train.global_batch // (self.dp * train.microbatch)
-        self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.sequence_parallel and wish.tp > 1,
+        self.cut = Cut(job.model, train.microbatch, wish.tp, wish.cp, wish.cuts_sequence,
                        train.precision, wish.tp_pieces, splits_backward(wish))
         inner = (wish.num_shards if wish.zero_stage else self.dp) * wish.cp
         self.dp_ring = ring(machine, inner, wish.tp)

@@ -41,22 +41,12 @@ class TellingGroup(SilentGroup):
         super().__init__(0, size)
         self.events, self.counts = events, {"gather": 0, "sum": 0}
 
-    def tell(self, name: str) -> dist.Work:
+    def carried(self, operation: str, whole: Tensor) -> dist.Work:
+        name = {"all_gather": "gather", "reduce_scatter": "sum"}[operation]
         work = Told(self.events, f"{name} {self.counts[name] % 2}")
         self.events.append(work.name)
         self.counts[name] += 1
         return work
-
-    def _allgather_base(self, output: Tensor, source: Tensor, opts: Any = None) -> dist.Work:
-        super()._allgather_base(output, source, opts)
-        return self.tell("gather")
-
-    def _reduce_scatter_base(self, output: Tensor, source: Tensor, opts: Any) -> dist.Work:
-        super()._reduce_scatter_base(output, source, opts)
-        return self.tell("sum")
-
-    all_gather_single = _allgather_base
-    reduce_scatter_single = _reduce_scatter_base
 
 
 class Products(TorchDispatchMode):

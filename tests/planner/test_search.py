@@ -57,7 +57,7 @@ def test_a_plan_names_the_pieces_of_tp_exchanges_that_it_foretells_a_gain_of() -
 
 
 def test_a_search_keeps_as_many_pieces_as_the_tokens_divide_into() -> None:
-    job = job_of(24, 2304, 24, 2, 1, 16, 512, layout={"tp_overlap": 6}, model={"seq": 2048 + 1024})
+    job = job_of(24, 2304, 24, 2, 1, 16, 512, model={"seq": 2048 + 1024})
     found = search(override(job, layout={"tp_overlap": 9}), 32, top=30)
     pieces = {plan.job.layout.tp: plan.job.layout.tp_overlap for plan in found.best}
     assert pieces == {tp: 1 if tp == 1 else 3 for tp in pieces} and max(pieces) > 1
