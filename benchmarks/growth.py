@@ -1,6 +1,7 @@
 """How hpcpar's speed changes as work and ranks grow, and what communication costs each layout.
 
     python benchmarks/growth.py [--repeat 2] [--out docs/growth]     # writes OUT.md, OUT.png and OUT.json
+    python benchmarks/growth.py --floor                              # prints the second ratio alone, beside the first
 
 Every point is an `mpirun` of its own (benchmarks/layouts.py); points take turns within a repetition. Two ratios:
 "of one process": against one process with all cores that trains the same model on the same batch;
@@ -71,7 +72,13 @@ def lines(found: dict[Point, list[float]]) -> list[str]:
     for name, curve in CURVES.items():
         out += [f"| {name} | {at:g} | {spread(found[point], '.0f')} | {middle[point] / middle[point.beside(ONE)]:.2f} |"
                 for at, point in curve.items()]
-    out += ["", "| tp,pp,dp | batch | tokens/s | silent ranks | of silent | of one process |"]
+    return [*out, "", *floor_lines(found)]
+
+
+def floor_lines(found: dict[Point, list[float]]) -> list[str]:
+    """Every layout beside the same ranks that carry nothing, and beside one process, as Markdown."""
+    middle = {point: statistics.median(values) for point, values in found.items()}
+    out = ["| tp,pp,dp | batch | tokens/s | silent ranks | of silent | of one process |"]
     out.append("|---|---|---|---|---|---|")
     for point in SILENT:
         silent = point.beside(point.sizes, silent=True)
@@ -101,14 +108,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--floor", action="store_true", help="only what communication costs, at batches of 8 and 32")
     parser.add_argument("--out", type=Path, default=Path("docs/growth"))
     args = parser.parse_args()
-    grown = [point for curve in CURVES.values() for point in curve.values()]
+    grown = [] if args.floor else [point for curve in CURVES.values() for point in curve.values()]
     points = [p for point in [*SILENT, *grown] for p in (point, point.beside(ONE))]
     points += [point.beside(point.sizes, silent=True) for point in SILENT]
     points = sorted(set(points), key=lambda p: (p.batch, p.hidden, p.layers, p.sizes, p.silent))
     found = measure(points, args.repeat, args.steps)
     facts = machine_facts(argparse.Namespace(batch=f"{BATCH} where not said", steps=args.steps, repeat=args.repeat))
+    if args.floor:
+        print("\n".join([*(f"- {name}: {value}" for name, value in facts.items()), "", *floor_lines(found)]))
+        return
     table = ["# Speed as work and ranks grow", "", f"`python benchmarks/growth.py` ({Path(__file__).name} says what is "
              "compared); median (min-max).", *(f"- {name}: {value}" for name, value in facts.items()), "",
              f"![tokens/s]({args.out.name}.png)", "", *lines(found)]

@@ -56,9 +56,10 @@ class LayoutWish:
     sequence_parallel: bool = option(True, "norms, dropout and residuals work on seq/tp tokens")
     tp_overlap: int = option(1, "pieces of a layer's exchange over tp, each under way while other pieces' products are "
                                 "computed (GPUs); 1: it stands between them", 1)
-    recompute: Literal["none", "selective", "full", "auto"] = option(
+    recompute: Literal["none", "selective", "full", "offload", "auto"] = option(
         "none", "recompute in backward: nothing, the attention block (with tp_overlap the attention alone), the layer; "
-                "auto: as little as fits by the plan")
+                "offload: nothing, activations wait in the host's memory; auto: of the first three the quickest that "
+                "fits by the plan")
     bucket_mib: float = option(32.0, "gradient bucket size in MiB", 0.001)
 
     @property

@@ -123,6 +123,9 @@ def _check_schedule(job: Job) -> None:
                  "1f1b": (1, 1)}.get(name, (1, None))
     _require(chunks >= low and (high is None or chunks <= high), "layout.chunks",
              f"is {chunks}, but {name} has {low if high else f'{low} or more'} a rank", f"write chunks = {low}")
+    _require(not (splits_backward(layout) and layout.recompute == "offload"), "layout.recompute", f'is "offload", but '
+             f"{name} keeps a layer's inputs on the device between I and W", 'write recompute = "full", or schedule = '
+             "1f1b")
     _require(not (splits_backward(layout) and job.train.compile), "train.compile", f"does not go with {name}, which "
              "splits backwards in two", "write compile = false, or schedule = 1f1b")
 

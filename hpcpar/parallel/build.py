@@ -15,6 +15,7 @@ from hpcpar.nn.transformer import Transformer
 from hpcpar.parallel.gathering import apply_gathering
 from hpcpar.parallel.gradients import PutOff, project
 from hpcpar.parallel.loss import HeadLoss, chunk_loss
+from hpcpar.parallel.offload import Offload
 from hpcpar.parallel.pipeline import Pipeline
 from hpcpar.parallel.recompute import apply_recompute
 from hpcpar.parallel.tensor import apply_tensor_parallelism, compute_where_it_is_summed
@@ -38,6 +39,7 @@ def build(layout: Layout, groups: Groups, device: torch.device,
                   for chunk in layout.chunks_of(at.pp_rank)}
     put_off: PutOff | None = [] if layout.splits_backward else None
     optimizer = ShardedOptimizer(layout, groups, chunks, dtype, device, put_off)
+    offload = Offload(device) if job.layout.recompute == "offload" else None
     for network in chunks.values():
         network.head_loss = HeadLoss(job.model.vocab, job.model.z_loss,
                                      chunk=torch.compile(chunk_loss) if compiled else chunk_loss)
@@ -52,7 +54,10 @@ def build(layout: Layout, groups: Groups, device: torch.device,
                      job.model.dropout == 0 and job.layout.recompute != "selective")
         elif layout.sequence_parallel and groups.tp is not None and not overlapped:
             compute_where_it_is_summed(network, groups.tp)  # the compiler does not see memory that comes back by itself
-        apply_recompute(network, job.layout.recompute, overlapped)
+        if offload is not None:
+            offload.run_blocks_of(network)
+        else:
+            apply_recompute(network, job.layout.recompute, overlapped)
         apply_gathering(network, layout, optimizer.buckets)
     seq = job.model.seq // layout.mesh.tp_size if layout.sequence_parallel else job.model.seq
     neighbours = Neighbours(groups, layout.chunk_ranks, dtype, device)

@@ -26,6 +26,7 @@ class Seconds(NamedTuple):
     context: float = 0.0  # exchanges of context parallelism
     pipeline: float = 0.0  # messages that a stage stands still for
     data: float = 0.0  # exchanges of data parallelism that nothing hides
+    host: float = 0.0  # copies of activations to and from the host's memory that nothing hides
 
     def plus(self, other: Seconds, times: float = 1.0) -> Seconds:
         """Add `times` the other."""
@@ -209,6 +210,13 @@ def layer_time(cut: Cut, machine: Machine, practice: Practice, recompute: str) -
         if practice.recomputes_projections:
             again = again._replace(matmul=sum(products[:2]))
     return LayerTime(forward, backward, again)
+
+
+def copied_s(machine: Machine, num_bytes: float, beside: float) -> float:
+    """Return what a copy to or from the host adds to a layer's seconds that it runs `beside`."""
+    if machine.is_cpu:  # there it is from memory to memory, and a core does it
+        return 2 * num_bytes / machine.chip.bytes_per_s
+    return max(0.0, num_bytes / machine.host.bytes_per_s - beside)
 
 
 def _context_s(cut: Cut, machine: Machine) -> float:

@@ -40,7 +40,7 @@ def attention_core_flops(model: Model, tokens: float) -> float:
 def recomputed_flops(model: Model, sequences: float, recompute: str, projections: bool = False) -> float:
     """Return the FLOPs that a step repeats; `projections`: "selective" repeats q, k, v and the output too."""
     tokens = sequences * model.seq
-    if recompute == "none":
+    if recompute in ("none", "offload"):
         return 0.0
     if recompute == "full":
         return model.layers * layer_forward_flops(model, tokens)

@@ -46,6 +46,11 @@ path of a TOML of the same form (`hpcpar calibrate` writes one):
     gb_per_s = 25.0              # one device's share of the node's adapters, one direction
     efficiency = 0.80
     latency_us = 12.0
+
+    [host]                       # between a device and its node's memory; may be left out
+    gb_per_s = 31.5              # one device, one direction
+    efficiency = 0.75            # share of it that pinned copies reach while all devices of the node copy
+    share_gib = 128.0            # a device's share of the node's memory; 0: not known, and not checked
 """
 
 from __future__ import annotations
@@ -64,7 +69,8 @@ from hpcpar.errors import UserError, did_you_mean
 
 KNOWN = Path(__file__).parent / "machines"
 ALIGNMENTS = (1, 2, 4, 8, 16, 32, 64)
-MAY_BE_0 = frozenset({"reserved_gib", "launch_us", "latency_us", "half_depth", "watts", "cores", "measured_gb_per_s"})
+MAY_BE_0 = frozenset({"reserved_gib", "launch_us", "latency_us", "half_depth", "watts", "cores", "measured_gb_per_s",
+                       "share_gib"})
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,20 @@ class InsideLink(Link):
     devices: int = 8
 
 
+@dataclass(frozen=True)
+class Host:
+    """A device's link to its node's memory, PCIe 4.0 x16 where nothing is said, and its share of that memory."""
+
+    gb_per_s: float = 31.5
+    efficiency: float = 0.75
+    share_gib: float = 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What large copies sustain."""
+        return self.gb_per_s * 1e9 * self.efficiency
+
+
 @dataclass(frozen=True, eq=False)  # compared by identity, because prices are remembered by machine
 class Machine:
     """All that the planner knows of a cluster; `name` is the word or path by which it was asked for."""
@@ -155,6 +175,7 @@ class Machine:
     attention: FusedAttention
     inside: InsideLink
     across: Link
+    host: Host = Host()
 
     @property
     def is_cpu(self) -> bool:

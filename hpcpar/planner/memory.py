@@ -17,6 +17,7 @@ from hpcpar.planner.practice import TRAINER, Practice
 
 ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 LENT_BUCKETS = 3  # ZeRO 2 and 3: whole ones of gradients at a time, one that is filled and two being summed over dp
+OFFLOADED_HERE = 2  # layers whose activations are on the device: the one computed, and the one being copied
 FRAGMENTATION = 0.04  # of what is allocated and freed within a step: the caching allocator's unused ends
 
 
@@ -88,6 +89,14 @@ def layer_activation_bytes(model: Model, tp: int, sequence_parallel: bool, micro
     return tokens * hidden * (kept + statistics)
 
 
+def layer_bytes(job: Job, recompute: str, practice: Practice = TRAINER) -> float:
+    """Return what a layer of a resolved job would keep of one microbatch, if it recomputed `recompute`."""
+    model, wish, train = job.model, job.layout, job.train
+    seq_cut = dataclasses.replace(model, seq=-(-model.seq // wish.cp)) if wish.cp > 1 else model
+    return layer_activation_bytes(seq_cut, wish.tp, wish.cuts_sequence, train.microbatch, recompute, train.precision,
+                                  practice)
+
+
 def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TRAINER,
                  precision: str = "bf16") -> float:
     """Return what the loss holds at its peak: the logits, wide ones, and their gradients.
@@ -123,16 +132,16 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
     seq_cut = dataclasses.replace(model, seq=-(-model.seq // wish.cp)) if wish.cp > 1 else model
     states = state_memory(numel, wish.num_shards * wish.cp, wish.zero_stage, train.precision, practice)
 
-    def layer(recompute: str) -> float:
-        return layer_activation_bytes(seq_cut, wish.tp, sequence_parallel, train.microbatch, recompute,
-                                      train.precision, practice)
-
     full_width = element * train.microbatch * seq_cut.seq * model.hidden
     message = full_width / (wish.tp if sequence_parallel else 1)
     logits = logits_bytes(seq_cut, wish.tp, train.microbatch, practice, train.precision) if last else 0.0
-    activations = in_flight * num_layers * layer(wish.recompute)
-    # a layer's recomputation comes when the logits are gone: the larger of the two counts
-    activations += max(0.0, layer("none") - layer(wish.recompute) - logits)
+    whole = layer_bytes(job, "none", practice)
+    if wish.recompute == "offload":
+        activations = min(OFFLOADED_HERE, in_flight * num_layers) * whole
+    else:
+        kept = layer_bytes(job, wish.recompute, practice)
+        # a layer's recomputation comes when the logits are gone: the larger of the two counts
+        activations = in_flight * num_layers * kept + max(0.0, whole - kept - logits)
     if first:
         activations += in_flight * embedding_bytes(seq_cut, wish.tp, sequence_parallel, train.microbatch, practice)
     if last:

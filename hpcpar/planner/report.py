@@ -14,8 +14,8 @@ from hpcpar.units import format_bytes, format_count, format_seconds
 PARTS = {
     "matmul": "matrix products", "attention": "attention", "elementwise": "norms, residuals, activations",
     "tensor": "tensor-parallel exchanges", "context": "context-parallel exchanges", "pipeline": "waiting for messages",
-    "data": "data-parallel exchanges, exposed", "bubble": "pipeline bubble", "tied": "tied embedding",
-    "optimizer": "optimizer",
+    "data": "data-parallel exchanges, exposed", "host": "copies to and from the host, exposed",
+    "bubble": "pipeline bubble", "tied": "tied embedding", "optimizer": "optimizer",
 }
 
 
@@ -61,10 +61,13 @@ def _memory(plan: Plan) -> list[str]:
         lines.append(f"  {name:<22} " + "".join(f"{format_bytes(getattr(plan.memory[r], name)):>14}" for r in shown))
     lines.append(f"  {'together':<22} " + "".join(f"{format_bytes(plan.memory[r].total):>14}" for r in shown))
     usable = plan.machine.chip.usable_bytes
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    word = "spare" if plan.fits else "missing"
+    verdict, word = ("fits", "spare") if plan.spare_bytes >= 0 else ("DOES NOT FIT", "missing")
     lines.append(f"  {verdict}: {format_bytes(abs(plan.spare_bytes))} {word} of {format_bytes(usable)} that a "
                  f"{plan.machine.name} has for tensors (fullest: stage {full})")
+    if plan.host_bytes:
+        share = f"{plan.machine.host.share_gib:g} GiB" if plan.machine.host.share_gib else "not known"
+        lines.append(f"  {'' if plan.host_fits else 'DOES NOT FIT: '}{format_bytes(plan.host_bytes)} a rank wait in "
+                     f"the host's memory, of which a device's share is {share}")
     if not plan.fits:
         lines += [f"  would fit: {text}" for text in remedies(plan)] or ["  no single change makes it fit"]
     if plan.memory[full].total > 0.95 * usable and plan.fits:

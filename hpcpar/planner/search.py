@@ -148,7 +148,7 @@ def remedies(plan: Plan, most: int = 3, accept: Callable[[Job], bool] = lambda j
     job, wish, micro = plan.job, plan.job.layout, plan.job.train.microbatch
     dp = required(wish.dp)
     changes: list[tuple[str, dict[str, Any], int]] = [
-        (f"layout.recompute {mode}", {"recompute": mode}, micro) for mode in ("selective", "full")]
+        (f"layout.recompute {mode}", {"recompute": mode}, micro) for mode in ("selective", "full", "offload")]
     stages = [stage for stage in (1, 2, 3) if stage > wish.zero_stage]
     changes += [(f"layout.zero {stage}", {"zero": stage}, micro) for stage in stages]
     inside = job.machine.gpus_per_node // wish.tp

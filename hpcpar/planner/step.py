@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hpcpar.config.job import Job, required
@@ -10,9 +10,9 @@ from hpcpar.config.resolve import splits_backward
 from hpcpar.layout.schedule import Schedule, in_flight, place_chunks
 from hpcpar.layout.schedule.table import parse_table
 from hpcpar.layout.stages import split_layers
-from hpcpar.planner.compute import BESIDE, Cut, Seconds, ends_time, layer_time
+from hpcpar.planner.compute import BESIDE, Cut, Seconds, copied_s, ends_time, layer_time
 from hpcpar.planner.hardware import Machine
-from hpcpar.planner.memory import ELEMENT_BYTES, Memory, stage_memory
+from hpcpar.planner.memory import ELEMENT_BYTES, Memory, layer_bytes, stage_memory
 from hpcpar.planner.network import gather_s, message_s, reduce_s, ring
 from hpcpar.planner.params import Counts, rank_counts
 from hpcpar.planner.practice import TRAINER, Practice, trainer
@@ -103,6 +103,13 @@ class Pricing:
         layer = layer_time(self.cut, self.machine, self.practice, self.job.layout.recompute)
         forward = Seconds().plus(layer.forward, num_layers)
         backward = Seconds().plus(layer.backward.plus(layer.again), num_layers)
+        if self.offloads:
+            copied = layer_bytes(self.job, "none", self.practice)
+            out, back = (copied_s(self.machine, copied, beside.total) for beside in (layer.forward, layer.backward))
+            forward = forward.plus(Seconds(host=num_layers * out))
+            # a backward's first layer stands still for its copies, unless its forward was the last thing done
+            waits = 0.0 if last else copied_s(self.machine, copied, 0.0) - back
+            backward = backward.plus(Seconds(host=num_layers * back + waits))
         if first or last:
             look_up, scatter, head, head_back = ends_time(self.cut, self.machine, self.practice)
             if first:
@@ -124,6 +131,11 @@ class Pricing:
             forward = forward.plus(Seconds(pipeline=held_up * activation_s))
             backward = backward.plus(Seconds(pipeline=held_up * gradient_s))
         return ChunkTime(forward, backward)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether activations wait in the host's memory."""
+        return self.job.layout.recompute == "offload"
 
     @property
     def _grad_bytes(self) -> int:
@@ -241,11 +253,27 @@ class Pricing:
 
     def rank_memory(self, rank: int, numel: int | None = None) -> Memory:
         """Return a pipeline rank's memory."""
-        wish, mine, last = self.job.layout, self.chunks_by_rank[rank], len(self.layers) - 1
-        flying = in_flight(self.own.orders[rank]) / wish.chunks if self.own else held(
-            wish.schedule, wish.pp, self.num_microbatches, wish.chunks)[rank]
-        return stage_memory(self.job, sum(self.layers[c] for c in mine), numel or self.rank_numel(rank), flying,
-                            0 in mine, last in mine, self.practice)
+        mine, last = self.chunks_by_rank[rank], len(self.layers) - 1
+        memory = stage_memory(self.job, sum(self.layers[c] for c in mine), numel or self.rank_numel(rank),
+                              self._in_flight(rank), 0 in mine, last in mine, self.practice)
+        if self.machine.is_cpu:  # its own memory is the host's
+            memory = replace(memory, activations=memory.activations + self._offloaded_bytes(rank))
+        return memory
+
+    def rank_host_bytes(self, rank: int) -> float:
+        """Return what of a pipeline rank's activations waits in the host's memory, where that is not the device's."""
+        return 0.0 if self.machine.is_cpu else self._offloaded_bytes(rank)
+
+    def _offloaded_bytes(self, rank: int) -> float:
+        num_layers = sum(self.layers[c] for c in self.chunks_by_rank[rank]) if self.offloads else 0
+        return self._in_flight(rank) * num_layers * layer_bytes(self.job, "none", self.practice)
+
+    def _in_flight(self, rank: int) -> float:
+        """Microbatches of which a rank keeps activations, in whole stages' worth."""
+        wish = self.job.layout
+        if self.own:
+            return in_flight(self.own.orders[rank]) / wish.chunks
+        return held(wish.schedule, wish.pp, self.num_microbatches, wish.chunks)[rank]
 
     def least_memory_bytes(self) -> float:
         """Return the most of the first two and the last rank: one of them is the fullest, or near it."""

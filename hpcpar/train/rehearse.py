@@ -188,16 +188,16 @@ def describe(layout: Layout, played: Rehearsal) -> str:
     """Tell a rehearsal in words, beside what the planner foretells of that rank on the job's machine."""
     at, job, memory = played.at, layout.job, played.memory_bytes
     plan = make_plan(job)
-    foretold = plan.memory[at.pp_rank]
+    foretold, on_host = plan.memory[at.pp_rank], plan.pricing.rank_host_bytes(at.pp_rank)
     rows = {**{state: (memory[state], getattr(foretold, state)) for state in STATES},
-            "activations": (memory["activations"], foretold.activations),
+            "activations": (memory["activations"], foretold.activations + on_host),
             "working": (memory["working"], foretold.buffers + foretold.logits),
-            "peak": (played.peak_bytes, foretold.total - foretold.fragmentation)}
+            "peak": (played.peak_bytes, foretold.total - foretold.fragmentation + on_host)}
     lines = [
         f"rank {layout.mesh.rank(at)} of {layout.mesh.size} ({at}): {len(layout.stages[at.pp_rank])} layers of "
         f"{job.model.layers}, {played.num_microbatches} of {layout.num_microbatches} microbatches played, "
         f"{'with tensors' if played.compute_s else 'on shapes only'}",
-        f"{'':<14}{'rehearsed':>12}{'foretold':>12}",
+        f"{'':<14}{'rehearsed':>12}{'foretold':>12}" + ("  (with what waits on the host)" if on_host else ""),
         *(f"{name:<14}{format_bytes(seen):>12}{format_bytes(said):>12}" for name, (seen, said) in rows.items()),
         f"arithmetic    {played.flops / 1e12:.3f} TFLOP a microbatch, "
         f"{played.flops * layout.num_microbatches / 1e12:.1f} a step",

@@ -186,7 +186,7 @@ def test_overrides_that_are_none(words: list[str], message: str) -> None:
     ({"model": {"layer": 3}}, "model.layer: unknown option; did you mean layers?"),
     ({"model": {"num_heads": 3}}, "model.num_heads: unknown option; did you mean heads?"),
     ({"layout": {"recompute": "ful"}},
-     'layout.recompute: is "ful", must be one of none, selective, full, auto; did you mean full?'),
+     'layout.recompute: is "ful", must be one of none, selective, full, offload, auto; did you mean full?'),
     ({"train": {"precision": "bfloat16"}},
      'train.precision: is "bfloat16", must be one of fp64, fp32, bf16, fp16; did you mean bf16?'),
     *(({"layout": {"zero": wrong}}, f"layout.zero: is {text}, must be one of 0, 1, 2, 3 or [one of 1, 2, 3, a whole "

@@ -18,7 +18,8 @@ from tests.parity.jobs import all_pairs, job_of, name_of, random_tokens
 
 pytestmark = pytest.mark.mpi
 EIGHT = [c for c in all_pairs() if c["mesh"][0] * c["mesh"][1] * c["mesh"][2] == 8][::4]
-CHUNKED = [{**EIGHT[0], "mesh": mesh, "schedule": schedule, "zero": zero} for mesh, schedule, zero in
+CHUNKED = [{**EIGHT[0], "mesh": mesh, "schedule": schedule, "zero": zero, "recompute": "none"}
+           for mesh, schedule, zero in
            [((2, 2, 2), "interleaved", 3), ((1, 4, 2), "zbv", 2), ((2, 4, 1), "dualpipev", 1),
             ((1, 2, 4), "breadth-first", 2), ((2, 2, 2), "zero-bubble", 3), ((1, 2, 4), "dualpipev", 3),
             ((1, 2, 4), "1f1b", (1, 2)), ((2, 1, 4), "1f1b", (2, 2)), ((1, 2, 4), "zero-bubble", (3, 2)),

@@ -139,8 +139,9 @@ def test_gradients_are_those_of_the_whole_network(schedule: str, pp: int) -> Non
     compare(small_job(pp, 2 * pp, schedule=schedule, chunks=CHUNKS[schedule]))
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
+@pytest.mark.parametrize(("schedule", "recompute"), [
+    ("interleaved", "selective"), ("interleaved", "full"), ("interleaved", "offload"), ("breadth-first", "offload"),
+    ("zbv", "selective"), ("zbv", "full")])
 def test_with_recompute(schedule: str, recompute: str) -> None:
     compare(small_job(2, 4, schedule=schedule, chunks=2, recompute=recompute))
 

@@ -26,7 +26,7 @@ FACTORS: dict[str, list[Any]] = {
     "kv_heads": [8, 2],  # 2 is fewer than tp 4 and 8
     "clip": [0.05, 0.0],  # active at every step, or off
     "accumulation": [1, 2],
-    "recompute": ["none", "selective", "full"],
+    "recompute": ["none", "selective", "full", "offload"],
     "dropout": [0.0, 0.1],
     "zero": [1, 0, 3, 2],
     "ramp": [False, True],

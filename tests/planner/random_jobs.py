@@ -35,7 +35,7 @@ TABLES = some.fixed_dictionaries({
         "chunks": some.sampled_from([1, 1, 2, 2, 3]), "zero": some.integers(0, 3),
         "schedule": some.sampled_from(["gpipe", "1f1b", "interleaved", "breadth-first", "zero-bubble", "zbv",
                                        "dualpipev", "pipedream", "table"]),
-        "sequence_parallel": some.booleans(), "recompute": some.sampled_from(["none", "selective", "full"]),
+        "sequence_parallel": some.booleans(), "recompute": some.sampled_from(["none", "selective", "full", "offload"]),
         "tp_overlap": some.sampled_from([1, 1, 1, 2]),
     }, optional={"dp": FEW}),
     "train": some.fixed_dictionaries({

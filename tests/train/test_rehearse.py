@@ -86,7 +86,7 @@ def test_a_rank_played_alone_makes_the_calls_foretold(choice, monkeypatch):
             assert [c for c in calls if c.group == group] == [c for c in foretold if c.group == group]
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "offload"])
 def test_shapes_take_the_memory_that_tensors_take(recompute):
     layout = Layout(job_of({**PLAIN, "mesh": (2, 2, 2), "recompute": recompute}, "bf16"))
     for rank in (0, 7):
@@ -133,7 +133,7 @@ def test_the_peak_of_sharded_training_is_foretold(zero):
     assert foretold.total - foretold.fragmentation == pytest.approx(seen, rel=0.1)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("model", [
     {"kind": "gpt"}, {"kind": "llama", "tied": False}, {"kind": "llama", "kv_heads": 2},
 ], ids=str)
@@ -152,7 +152,7 @@ def test_arithmetic_equals_the_formula(model, recompute):
     attention = 2 * tokens * hidden * (hidden + 2 * kv_width) + scores
     out = 2 * tokens * hidden * hidden
     mlp = 2 * tokens * hidden * ffn * (2 if job.model.kind == "gpt" else 3)
-    again = {"none": 0, "selective": attention + out, "full": attention + out + mlp}[recompute]
+    again = {"none": 0, "offload": 0, "selective": attention + out, "full": attention + out + mlp}[recompute]
     expected = layers * (3 * (attention + out + mlp) + scores / 2 + again) + 3 * 2 * tokens * hidden * vocab
     found = rehearse(Layout(job), 0, CPU, False).flops
     assert found == expected
