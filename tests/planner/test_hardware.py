@@ -95,4 +95,5 @@ def table_row(name: str) -> str:
     pairs = [(max(machine.peak_tflops.bf16, machine.peak_tflops.fp16), best), (chip.gb_per_s, chip.measured_gb_per_s),
              (inside.gb_per_s, inside.measured_gb_per_s)]
     cells = [f"{sheet:g} | {measured:g}" if measured else f"{sheet:g} | -" for sheet, measured in pairs]
-    return f"| {name} | {chip.memory_gib:g} | {' | '.join(cells)} | {across.gb_per_s:g} |"
+    return f"| {name} | {chip.memory_gib:g} | {' | '.join(cells)} | {across.gb_per_s:g} | " \
+           f"{machine.host.bytes_per_s / 1e9:.3g} |"
