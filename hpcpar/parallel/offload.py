@@ -3,14 +3,16 @@
     forward     compute layer i  |  copy layer i-1 out
     backward    compute layer i  |  copy layer i-1 back
 
-A layer's copies begin when it is computed, and those of the layer after it only when they have ended: the device holds
-two layers' activations at most, and a slow link makes the computation wait. What is computed last stays until another
-layer is: a backward that follows at once copies nothing of it back. The first layer of any other backward stands still
-for its own. Source: Rhu et al. 2016, vDNN, arXiv 1602.08124.
+A layer stays until another is needed: its copies begin with that one and end before a third, so that the device holds
+two layers' activations at most, and a slow link makes the computation wait. A backward that follows its forward at once
+finds the last layer there; the first layer of any other backward stands still for its copies. Memory of the host is
+used again as soon as a copy back is waited for, however far Python runs ahead of the device. A chunk's input, which the
+pipeline holds anyway, stays. Source: Rhu et al. 2016, vDNN, arXiv 1602.08124.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -29,12 +31,8 @@ class Copies:
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def room_for(self, x: Tensor) -> Tensor:
-        """Return memory of the host that x [elements] can be copied to without the host's doing."""
-        return torch.empty(len(x), dtype=x.dtype, pin_memory=self._stream is not None)
-
     def start(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> torch.cuda.Event | None:
-        """Copy each source once what was launched before is done; both must live until `finish` of the result."""
+        """Copy each source once what was launched before is done; both must stay until `finish` of the result."""
         if self._stream is None:
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source)
@@ -57,30 +55,45 @@ class Offload:
 
     def __init__(self, device: torch.device):
         self.device, self.out, self.back = device, Copies(device), Copies(device)
-        self.leaving: Kept | None = None  # whose copies out are under way
+        self.newest: Kept | None = None  # computed last, and still on the device
+        self._rooms: defaultdict[tuple[int, torch.dtype], list[Tensor]] = defaultdict(list)  # of the host, unused
 
     def run_blocks_of(self, stage: Transformer) -> None:
         """Take the place of a stage's calls of its layers."""
-        if blocks := stage.blocks():
-            stage.run_block = partial(self._run, blocks[0])
+        stage.run_block = partial(self._run, stage)
 
-    def _run(self, first: Block, block: Block, x: Tensor, rotary: Tensor | None, draw: Draw | None) -> Tensor:
+    def _run(self, stage: Transformer, block: Block, x: Tensor, rotary: Tensor | None, draw: Draw | None) -> Tensor:
         if not torch.is_grad_enabled():
             return block(x, rotary, draw)  # type: ignore[no-any-return]
-        before = None if block is first else self.leaving
-        kept = Kept(self, before, [*block.parameters()] + ([] if rotary is None else [rotary]))
+        begins, last = block is stage.blocks()[0], self.newest
+        there_anyway = [*block.parameters(), *([] if rotary is None else [rotary]),
+                        *([x] if begins and not stage.first else [])]
+        kept = Kept(self, None if begins else last, there_anyway)
+        if last is not None:
+            last.leave()
         with saved_tensors_hooks(kept.pack, kept.unpack):
             out: Tensor = block(x, rotary, draw)
-        self.settle()
-        kept.leave()
-        self.leaving = kept
+        if last is not None:
+            last.left()
+        self.newest = kept
         return out
 
-    def settle(self, but: Kept | None = None) -> None:
-        """Give the device's memory of the layer that leaves back, unless it is `but`, which stays there."""
-        if self.leaving is not None and self.leaving is not but:
-            self.leaving.left()
-        self.leaving = None
+    def make_way(self, kept: Kept) -> None:
+        """Let the layer that was computed last leave before the backward of another begins."""
+        if self.newest is not None and self.newest is not kept:
+            self.newest.leave()
+            self.newest.left()
+        self.newest = None
+
+    def room_for(self, x: Tensor) -> Tensor:
+        """Return memory of the host that x [elements] can be copied to without the host's doing."""
+        unused = self._rooms[len(x), x.dtype]
+        return unused.pop() if unused else torch.empty(len(x), dtype=x.dtype, pin_memory=self.device.type == "cuda")
+
+    def take_back(self, rooms: Iterable[Tensor]) -> None:
+        """Use memory of the host again, for copies that are launched from now on."""
+        for room in rooms:
+            self._rooms[len(room), room.dtype].append(room)
 
 
 class View(NamedTuple):
@@ -94,9 +107,9 @@ class View(NamedTuple):
 class Kept:
     """What one layer keeps of one microbatch; autograd holds it as long as it needs some of that."""
 
-    def __init__(self, offload: Offload, before: Kept | None, others: Iterable[Tensor]):
+    def __init__(self, offload: Offload, before: Kept | None, there_anyway: Iterable[Tensor]):
         self._offload, self._before = offload, before
-        self._others = {each.untyped_storage()._cdata for each in others}  # that are there anyway
+        self._others = {each.untyped_storage()._cdata for each in there_anyway}
         self._numbers: dict[tuple[object, ...], int] = {}
         self._here: list[Tensor] = []  # regions of memory, on the device; empty while they are not
         self._there: list[Tensor] = []
@@ -122,17 +135,18 @@ class Kept:
             return kept
         if not self._begun:
             self._begun = True
-            self._offload.settle(but=self)
             self.come_back()
+            self._offload.make_way(self)
             self._offload.back.finish(self._back)
+            self._offload.take_back(self._there)
+            self._there = []
             if self._before is not None:
                 self._before.come_back()
         return self._here[kept.region].as_strided(kept.shape, kept.stride)
 
     def leave(self) -> None:
-        """Begin to copy all to the host: the layer is computed."""
-        self._numbers.clear()
-        self._there = [self._offload.out.room_for(x) for x in self._here]
+        """Begin to copy all to the host."""
+        self._there = [self._offload.room_for(x) for x in self._here]
         self._gone = self._offload.out.start(self._there, self._here)
 
     def left(self) -> None:

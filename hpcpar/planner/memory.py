@@ -97,6 +97,13 @@ def layer_bytes(job: Job, recompute: str, practice: Practice = TRAINER) -> float
                                   practice)
 
 
+def inputs_bytes(job: Job, first: bool) -> float:
+    """Return what a rank's chunks get of one microbatch from other chunks: the pipeline holds it until backward."""
+    wish, train = job.layout, job.train
+    width = ELEMENT_BYTES[train.precision] * train.microbatch * -(-job.model.seq // wish.cp) * job.model.hidden
+    return (wish.chunks - first) * width / (wish.tp if wish.cuts_sequence else 1)
+
+
 def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TRAINER,
                  precision: str = "bf16") -> float:
     """Return what the loss holds at its peak: the logits, wide ones, and their gradients.
@@ -137,7 +144,7 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
     logits = logits_bytes(seq_cut, wish.tp, train.microbatch, practice, train.precision) if last else 0.0
     whole = layer_bytes(job, "none", practice)
     if wish.recompute == "offload":
-        activations = min(OFFLOADED_HERE, in_flight * num_layers) * whole
+        activations = min(OFFLOADED_HERE, in_flight * num_layers) * whole + in_flight * inputs_bytes(job, first)
     else:
         kept = layer_bytes(job, wish.recompute, practice)
         # a layer's recomputation comes when the logits are gone: the larger of the two counts

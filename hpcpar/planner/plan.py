@@ -66,17 +66,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether every rank's memory suffices, and its share of the host's."""
-        return self.spare_bytes >= 0 and self.host_fits
-
-    @cached_property
-    def host_bytes(self) -> float:
-        """The most that waits in the host's memory for a rank (`layout.recompute = "offload"`)."""
-        return max(self.pricing.rank_host_bytes(rank) for rank in range(self.job.layout.pp))
-
-    @property
-    def host_fits(self) -> bool:
-        """Whether that is no more than a device's share of the host's memory, if the machine says what that is."""
-        return not self.machine.host.share_gib or self.host_bytes <= self.machine.host.share_gib * 2**30
+        return self.spare_bytes >= 0 and self.pricing.host_fits
 
     @property
     def mfu(self) -> float:

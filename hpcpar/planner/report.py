@@ -64,10 +64,11 @@ def _memory(plan: Plan) -> list[str]:
     verdict, word = ("fits", "spare") if plan.spare_bytes >= 0 else ("DOES NOT FIT", "missing")
     lines.append(f"  {verdict}: {format_bytes(abs(plan.spare_bytes))} {word} of {format_bytes(usable)} that a "
                  f"{plan.machine.name} has for tensors (fullest: stage {full})")
-    if plan.host_bytes:
+    if plan.pricing.host_bytes:
         share = f"{plan.machine.host.share_gib:g} GiB" if plan.machine.host.share_gib else "not known"
-        lines.append(f"  {'' if plan.host_fits else 'DOES NOT FIT: '}{format_bytes(plan.host_bytes)} a rank wait in "
-                     f"the host's memory, of which a device's share is {share}")
+        verdict = "" if plan.pricing.host_fits else "DOES NOT FIT: "
+        lines.append(f"  {verdict}{format_bytes(plan.pricing.host_bytes)} a rank wait in the host's memory, of which a "
+                     f"device's share is {share}")
     if not plan.fits:
         lines += [f"  would fit: {text}" for text in remedies(plan)] or ["  no single change makes it fit"]
     if plan.memory[full].total > 0.95 * usable and plan.fits:

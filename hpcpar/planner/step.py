@@ -12,7 +12,7 @@ from hpcpar.layout.schedule.table import parse_table
 from hpcpar.layout.stages import split_layers
 from hpcpar.planner.compute import BESIDE, Cut, Seconds, copied_s, ends_time, layer_time
 from hpcpar.planner.hardware import Machine
-from hpcpar.planner.memory import ELEMENT_BYTES, Memory, layer_bytes, stage_memory
+from hpcpar.planner.memory import ELEMENT_BYTES, Memory, inputs_bytes, layer_bytes, stage_memory
 from hpcpar.planner.network import gather_s, message_s, reduce_s, ring
 from hpcpar.planner.params import Counts, rank_counts
 from hpcpar.planner.practice import TRAINER, Practice, trainer
@@ -106,10 +106,11 @@ class Pricing:
         if self.offloads:
             copied = layer_bytes(self.job, "none", self.practice)
             out, back = (copied_s(self.machine, copied, beside.total) for beside in (layer.forward, layer.backward))
-            forward = forward.plus(Seconds(host=num_layers * out))
-            # a backward's first layer stands still for its copies, unless its forward was the last thing done
-            waits = 0.0 if last else copied_s(self.machine, copied, 0.0) - back
-            backward = backward.plus(Seconds(host=num_layers * back + waits))
+            hidden = max(0, num_layers - 1)
+            forward = forward.plus(Seconds(host=hidden * out))
+            # the last layer leaves, and comes back, beside nothing, unless its backward follows at once
+            stays = last and self.job.layout.schedule in ("1f1b", "interleaved")
+            backward = backward.plus(Seconds(host=hidden * back + (not stays) * copied_s(self.machine, copied, 0.0)))
         if first or last:
             look_up, scatter, head, head_back = ends_time(self.cut, self.machine, self.practice)
             if first:
@@ -265,8 +266,21 @@ class Pricing:
         return 0.0 if self.machine.is_cpu else self._offloaded_bytes(rank)
 
     def _offloaded_bytes(self, rank: int) -> float:
-        num_layers = sum(self.layers[c] for c in self.chunks_by_rank[rank]) if self.offloads else 0
-        return self._in_flight(rank) * num_layers * layer_bytes(self.job, "none", self.practice)
+        if not self.offloads:
+            return 0.0
+        mine = self.chunks_by_rank[rank]
+        layers = sum(self.layers[c] for c in mine) * layer_bytes(self.job, "none", self.practice)
+        return self._in_flight(rank) * (layers - inputs_bytes(self.job, first=0 in mine))
+
+    @cached_property
+    def host_bytes(self) -> float:
+        """The most that waits in the host's memory for a rank (`layout.recompute = "offload"`)."""
+        return max(self.rank_host_bytes(rank) for rank in range(self.job.layout.pp))
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether that is no more than a device's share of the host's memory, if the machine says what that is."""
+        return not self.machine.host.share_gib or self.host_bytes <= self.machine.host.share_gib * 2**30
 
     def _in_flight(self, rank: int) -> float:
         """Microbatches of which a rank keeps activations, in whole stages' worth."""

@@ -25,6 +25,7 @@ class Share:
     microbatches: int  # of each replica
     step_s: float
     memory_bytes: float
+    host_fits: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def share_out(job: Job, kinds: tuple[tuple[str, int], tuple[str, int]]) -> Share
         mine = override(job, layout=layout, train={"global_batch": batch})
         pricing = Pricing(mine, machines[index])
         return Share(pricing.machine, replicas[index], num, pricing.step(quick=True).total,
-                     max(m.total for m in pricing.memory()))
+                     max(m.total for m in pricing.memory()), pricing.host_fits)
 
     best, even = None, None
     for first in range(1, total // replicas[0] + 1):
@@ -79,6 +80,9 @@ def share_out(job: Job, kinds: tuple[tuple[str, int], tuple[str, int]]) -> Share
         if one.memory_bytes > one.machine.chip.usable_bytes:
             raise UserError("--with", f"a rank needs {format_bytes(one.memory_bytes)}, a {one.machine.name} has "
                             f"{format_bytes(one.machine.chip.usable_bytes)}", "raise tp or pp, or recompute more")
+        if not one.host_fits:
+            raise UserError("layout.recompute", f"a {one.machine.name}'s share of the host's memory does not hold what "
+                            "is to wait there", 'write "full"')
     return Shared(best[1], best[0], even or best[0])
 
 

@@ -45,9 +45,9 @@ def _foretold(job: Job) -> Plan | None:
 
 
 def _check_memory(plan: Plan) -> None:
-    if not plan.host_fits:
-        raise UserError("layout.recompute", f"{format_bytes(plan.host_bytes)} of a rank's activations are to wait in "
-                        f"the host's memory, of which a {plan.machine.name}'s share is "
+    if not plan.pricing.host_fits:
+        raise UserError("layout.recompute", f"{format_bytes(plan.pricing.host_bytes)} of a rank's activations are to "
+                        f"wait in the host's memory, of which a {plan.machine.name}'s share is "
                         f"{plan.machine.host.share_gib:g} GiB", " or ".join(remedies(plan)) or 'write "full"')
     if not plan.fits:
         needed, usable = plan.memory[plan.fullest].total, plan.machine.chip.usable_bytes

@@ -18,7 +18,7 @@ from hpcpar.config.job import Job
 from hpcpar.errors import UserError
 from hpcpar.layout.layout import Layout
 from hpcpar.parallel.build import build, initialise
-from hpcpar.parallel.offload import Copies, Kept
+from hpcpar.parallel.offload import Copies, Kept, Offload
 from hpcpar.parallel.pipeline import Microbatch, Pipeline
 from hpcpar.parallel.zero import ShardedOptimizer
 from hpcpar.planner.memory import layer_bytes
@@ -52,9 +52,9 @@ def microbatch(m: int) -> Microbatch:
     return Microbatch(tokens[:, :-1], tokens[:, 1:])
 
 
-def gradients(job: Job) -> list[Tensor]:
+def gradients(job: Job, num_microbatches: int = 2) -> list[Tensor]:
     with built(job) as (pipeline, optimizer):
-        program = Layout(job).program(0, 2)
+        program = Layout(job).program(0, num_microbatches)
         pipeline.play(program, microbatch, 2, 0.5)
         return [flat.own_grads.clone() for flat in optimizer.buckets]
 
@@ -67,31 +67,27 @@ def test_gradients_stay_bit_by_bit(schedule: str, kind: str, precision: str) -> 
     assert all(map(torch.equal, kept, offloaded)) and any(grad.count_nonzero() for grad in kept)
 
 
-def test_gradients_of_compiled_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole layers, as far as needs no C++ compiler."""
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    kept, offloaded = (gradients(small(mode, compile=True)) for mode in ("none", "offload"))
-    assert all(map(torch.equal, kept, offloaded))
-
-
 class Late(Copies):
     """Copies that are made only when they are waited for, and only of what is still there then."""
 
     def __init__(self, device: torch.device):
         super().__init__(device)
         self.bytes = 0
+        self.open: set[int] = set()
         self.under_way: list[tuple[Sequence[Tensor], list[weakref.ref[Tensor]]]] = []
 
     def start(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
         for target in targets:
             target.fill_(-1)
+        assert not any(source() is None for number in self.open for source in self.under_way[number][1])
+        self.open.add(len(self.under_way))
         self.bytes += sum(source.nbytes for source in sources)
         self.under_way.append((targets, [weakref.ref(source) for source in sources]))
         return len(self.under_way) - 1
 
     def finish(self, copied: Any) -> None:
         if copied is not None:
+            self.open.remove(copied)
             targets, found = self.under_way[copied]
             sources = [source() for source in found]
             assert None not in sources, "given up before it was copied"
@@ -111,6 +107,15 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[Late]:
     return made
 
 
+def test_gradients_of_compiled_layers_stay(late: list[Late], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole layers, as far as needs no C++ compiler; what they keep goes out too."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    kept, offloaded = (gradients(small(mode, compile=True)) for mode in ("none", "offload"))
+    assert all(map(torch.equal, kept, offloaded))
+    assert late[0].bytes >= 2 * (LAYERS - 1) * layer_bytes(small("none"), "none")
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_no_copy_is_used_before_it_is_waited_for(late: list[Late], schedule: str) -> None:
     wanted, found = (gradients(small(mode, schedule)) for mode in ("none", "offload"))
@@ -121,7 +126,7 @@ def test_no_copy_is_used_before_it_is_waited_for(late: list[Late], schedule: str
 @pytest.mark.parametrize(("kind", "more"), [("gpt", 0), ("llama", 3)])
 def test_every_byte_goes_out_once_and_comes_back_once(late: list[Late], schedule: str, stay: int, kind: str,
                                                       more: int) -> None:
-    """As many as the planner says a layer keeps; a backward that follows its forward finds the last layer there.
+    """As many as the planner says a layer keeps; a backward that follows its forward finds the last layer here.
 
     torch's CPU kernels keep `more` of a Llama's layer: what norms have before their weight, heads in another order.
     """
@@ -130,7 +135,8 @@ def test_every_byte_goes_out_once_and_comes_back_once(late: list[Late], schedule
     out, back = (copies.bytes for copies in late)
     statistics = (4 if kind == "gpt" else 2) * 4 * 2 * 16  # of norms, fp32 numbers a token: not in the formula
     a_layer = layer_bytes(job, "none") + statistics + more * 4 * 2 * 16 * 32
-    assert (out, back) == (2 * LAYERS * a_layer, (2 * LAYERS - stay) * a_layer)
+    assert out == back == (2 * LAYERS - stay) * a_layer
+    assert not any(copies.open for copies in late)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
@@ -153,6 +159,26 @@ def test_two_layers_activations_are_here_at_most(monkeypatch: pytest.MonkeyPatch
         watch(name)
     gradients(small("offload", schedule))
     assert max(seen) == 2 and not alive
+
+
+def test_memory_of_the_host_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many microbatches pass: Python may be far ahead of a device."""
+    made: list[int] = []
+    room_for = Offload.room_for
+
+    def counted(self: Offload, x: Tensor) -> Tensor:
+        unused = len(self._rooms[len(x), x.dtype])
+        made.append(0 if unused else x.nbytes)
+        return room_for(self, x)
+
+    monkeypatch.setattr(Offload, "room_for", counted)
+    totals = []
+    for num in (4, 8):
+        made.clear()
+        gradients(planned(LAYERS, 32, 4, 1, 1, 1, 2 * num, model={"seq": 16, "vocab": 64}, machine={"gpu": "cpu"},
+                          layout={"recompute": "offload"}, train={"precision": "fp32", "microbatch": 2}), num)
+        totals.append(sum(made))
+    assert totals[0] == totals[1] > 0
 
 
 def test_evaluation_keeps_nothing(late: list[Late]) -> None:

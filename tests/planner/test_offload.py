@@ -15,6 +15,7 @@ from hpcpar.planner.hardware import Host, Machine, load_machine, machine_toml
 from hpcpar.planner.memory import layer_bytes
 from hpcpar.planner.plan import Plan, make_plan
 from hpcpar.planner.report import describe_plan
+from hpcpar.planner.unequal import share_out
 from hpcpar.submit.preflight import check
 from tests.planner.jobs import job_of, yuan
 
@@ -35,17 +36,18 @@ def test_two_layers_are_here_and_what_is_in_flight_is_there(stage: int) -> None:
     job = job_of(76, 16384, 128, 8, 19, 14, 3360, layout=OFFLOAD)
     plan, kept = make_plan(job), layer_bytes(job, "none")
     in_flight, layers = 19 - stage, 4
-    assert plan.pricing.rank_host_bytes(stage) == in_flight * layers * kept
-    assert plan.host_bytes == plan.pricing.rank_host_bytes(0)
+    inputs = 0 if stage == 0 else 2 * 2048 * 16384 / 8  # of the stage: the pipeline holds them
+    assert plan.pricing.rank_host_bytes(stage) == in_flight * (layers * kept - inputs)
+    assert plan.pricing.host_bytes == plan.pricing.rank_host_bytes(0)
     none = make_plan(override(job, layout={"recompute": "none"}))
     gone = none.memory[stage].activations - plan.memory[stage].activations
-    assert gone == pytest.approx((in_flight * layers - 2) * kept)
+    assert gone == pytest.approx((in_flight * layers - 2) * kept - in_flight * inputs)
 
 
 def test_where_ranks_are_cores_nothing_is_won() -> None:
     job = job_of(8, 256, 8, 2, 2, 2, 8, model={"seq": 64}, layout=OFFLOAD, machine={"gpu": "cpu"})
     none, offload = make_plan(override(job, layout={"recompute": "none"})), make_plan(job)
-    assert offload.host_bytes == 0
+    assert offload.pricing.host_bytes == 0
     assert offload.memory[0].activations - none.memory[0].activations == pytest.approx(2 * layer_bytes(job, "none"))
     assert offload.time.total > none.time.total
 
@@ -58,16 +60,19 @@ def test_a_quick_link_costs_nothing_and_a_slow_one_what_computing_does_not_hide(
     layers, microbatches, copy = 8, 4, kept / 1e9
     layer = layer_time(none.pricing.cut, none.pricing.machine, none.pricing.practice, "none")
     each = 2 * copy - layer.forward.total - layer.backward.total
-    assert slow.time.parts["host"] == pytest.approx(microbatches * layers * each)
+    assert slow.time.parts["host"] == pytest.approx(microbatches * (layers - 1) * each)  # the last one stays
     assert slow.time.total == pytest.approx(none.time.total + slow.time.parts["host"])
     assert slow.hardware_flops == none.hardware_flops
 
 
-def test_the_first_layer_of_a_stages_backward_stands_still_for_its_copies() -> None:
-    job = job_of(8, 2048, 16, 1, 4, 1, 4, layout=OFFLOAD)
+@pytest.mark.parametrize(("schedule", "last"), [("1f1b", 0), ("gpipe", 1)])
+def test_a_stages_last_layer_leaves_and_comes_back_beside_nothing(schedule: str, last: int) -> None:
+    """Unless its backward follows its forward at once, as in 1F1B's last stage."""
+    job = job_of(8, 2048, 16, 1, 4, 1, 4, layout={**OFFLOAD, "schedule": schedule})
     machine = with_host(100.0)
     copy = layer_bytes(job, "none") / 100e9
-    assert [chunk.backward.host for chunk in make_plan(job, machine).pricing.chunks] == pytest.approx([copy] * 3 + [0])
+    backwards = [chunk.backward.host for chunk in make_plan(job, machine).pricing.chunks]
+    assert backwards == pytest.approx([copy] * 3 + [last * copy])
 
 
 def test_it_costs_less_than_recomputing_where_the_link_is_quick() -> None:
@@ -76,7 +81,7 @@ def test_it_costs_less_than_recomputing_where_the_link_is_quick() -> None:
 
 
 def test_the_hosts_memory_must_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = make_plan(yuan(layout=OFFLOAD)).host_bytes / 2**30
+    needed = make_plan(yuan(layout=OFFLOAD)).pricing.host_bytes / 2**30
     page = describe_plan(make_plan(yuan(layout=OFFLOAD), with_host(25.0, 1.01 * needed)))
     assert "a rank wait in the host's memory, of which a device's share is" in page and "DOES NOT FIT" not in page
     small = with_host(25.0, float(int(0.99 * needed)))
@@ -89,6 +94,8 @@ def test_the_hosts_memory_must_hold_it(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="are to wait in the host's memory") as refused:
         check(yuan(layout=OFFLOAD, machine={"gpu": str(written)}), RunFolder(tmp_path / "run"))
     assert refused.value.where == "layout.recompute" and "--layout.recompute full" in refused.value.fix
+    with pytest.raises(UserError, match="share of the host's memory does not hold"):
+        share_out(yuan(layout=OFFLOAD), (("a100-80g", 304), (str(written), 304)))
 
 
 def test_a_machine_that_says_nothing_of_its_host_has_pcie_of_an_unknown_memory(tmp_path: Path) -> None:
@@ -97,7 +104,7 @@ def test_a_machine_that_says_nothing_of_its_host_has_pcie_of_an_unknown_memory(t
     path.write_text(text[:text.index("[host]")], encoding="utf-8")
     host = load_machine(str(path)).host
     assert (host.gb_per_s, host.share_gib) == (31.5, 0.0)
-    assert make_plan(yuan(layout=OFFLOAD), load_machine(str(path))).host_fits
+    assert make_plan(yuan(layout=OFFLOAD), load_machine(str(path))).pricing.host_fits
 
 
 def test_offloading_is_among_what_would_fit() -> None:
