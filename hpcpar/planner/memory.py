@@ -99,9 +99,13 @@ def layer_bytes(job: Job, recompute: str, practice: Practice = TRAINER) -> float
 
 def inputs_bytes(job: Job, first: bool) -> float:
     """Return what a rank's chunks get of one microbatch from other chunks: the pipeline holds it until backward."""
-    wish, train = job.layout, job.train
-    width = ELEMENT_BYTES[train.precision] * train.microbatch * -(-job.model.seq // wish.cp) * job.model.hidden
-    return (wish.chunks - first) * width / (wish.tp if wish.cuts_sequence else 1)
+    return (job.layout.chunks - first) * _full_width(job) / (job.layout.tp if job.layout.cuts_sequence else 1)
+
+
+def _full_width(job: Job) -> int:
+    """Return the bytes of a microbatch's activations [batch, seq/cp, hidden] where tp does not cut them."""
+    train = job.train
+    return ELEMENT_BYTES[train.precision] * train.microbatch * -(-job.model.seq // job.layout.cp) * job.model.hidden
 
 
 def logits_bytes(model: Model, tp: int, microbatch: int, practice: Practice = TRAINER,
@@ -139,7 +143,7 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
     seq_cut = dataclasses.replace(model, seq=-(-model.seq // wish.cp)) if wish.cp > 1 else model
     states = state_memory(numel, wish.num_shards * wish.cp, wish.zero_stage, train.precision, practice)
 
-    full_width = element * train.microbatch * seq_cut.seq * model.hidden
+    full_width = _full_width(job)
     message = full_width / (wish.tp if sequence_parallel else 1)
     logits = logits_bytes(seq_cut, wish.tp, train.microbatch, practice, train.precision) if last else 0.0
     whole = layer_bytes(job, "none", practice)
