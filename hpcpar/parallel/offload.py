@@ -109,7 +109,7 @@ class Kept:
 
     def __init__(self, offload: Offload, before: Kept | None, there_anyway: Iterable[Tensor]):
         self._offload, self._before = offload, before
-        self._others = {each.untyped_storage()._cdata for each in there_anyway}
+        self._there_anyway = {each.untyped_storage()._cdata for each in there_anyway}
         self._numbers: dict[tuple[object, ...], int] = {}
         self._here: list[Tensor] = []  # regions of memory, on the device; empty while they are not
         self._there: list[Tensor] = []
@@ -120,7 +120,7 @@ class Kept:
     def pack(self, x: Tensor) -> Tensor | View:
         """Take a tensor that autograd would keep; return what it keeps instead."""
         memory = x.untyped_storage()._cdata
-        if x.device != self._offload.device or memory in self._others or not x.numel():
+        if x.device != self._offload.device or memory in self._there_anyway or not x.numel():
             return x
         span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
         region = (memory, x.storage_offset(), span, x.dtype)  # the same one may be kept in several shapes

@@ -36,10 +36,10 @@ def small(recompute: str, schedule: str = "1f1b", kind: str = "gpt", **train: An
 
 
 @contextmanager
-def built(job: Job) -> Iterator[tuple[Pipeline, ShardedOptimizer]]:
+def built(job: Job, rank: int = 0) -> Iterator[tuple[Pipeline, ShardedOptimizer]]:
     layout = Layout(job)
-    with silent_world(1, 0):
-        groups = open_groups(layout.mesh, 0)
+    with silent_world(job.world_size, rank):
+        groups = open_groups(layout.mesh, rank)
         pipeline, optimizer = build(layout, groups, CPU)
         initialise(optimizer, 1)
         optimizer.begin(layout.num_microbatches)
@@ -159,6 +159,18 @@ def test_two_layers_activations_are_here_at_most(monkeypatch: pytest.MonkeyPatch
         watch(name)
     gradients(small("offload", schedule))
     assert max(seen) == 2 and not alive
+
+
+def test_what_a_stage_was_sent_stays(late: list[Late]) -> None:
+    """The pipeline holds it until its gradient goes out: a copy would free nothing."""
+    job = planned(LAYERS, 32, 4, 1, 2, 1, 4, model={"seq": 16, "vocab": 64}, layout={"recompute": "offload"},
+                  machine={"gpu": "cpu"}, train={"precision": "fp32", "microbatch": 2})
+    for rank in (0, 1):
+        with built(job, rank) as (pipeline, _):
+            pipeline.play(Layout(job).program(rank, 2), microbatch, 2, 0.5)
+    a_layer, a_message = layer_bytes(job, "none") + 4 * 4 * 2 * 16, 4 * 2 * 16 * 32
+    assert late[0].bytes == 4 * a_layer
+    assert late[2].bytes == 2 * (a_layer - a_message)  # its last layer stays too: a backward follows at once
 
 
 def test_memory_of_the_host_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
