@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layouts import ONE, Candidate, Sizes, machine_facts, spread, start
@@ -32,16 +32,18 @@ class Point:
     layers: int = LAYERS
     hidden: int = HIDDEN
     batch: int = BATCH
+    microbatch: int = 1  # sequences, of a pipeline
     silent: bool = False
 
     def tokens_per_s(self, steps: int) -> float:
         model = json.dumps({"layers": self.layers, "hidden": self.hidden})
         args = argparse.Namespace(batch=self.batch, steps=steps, options="{}", model=model, silent=self.silent)
-        return self.batch * SEQ / start(Candidate("hpcpar", self.sizes), args)["seconds_per_step"]
+        candidate = Candidate("hpcpar", self.sizes, microbatch=self.microbatch)
+        return self.batch * SEQ / start(candidate, args)["seconds_per_step"]
 
     def beside(self, sizes: Sizes, silent: bool = False) -> Point:
         """Return the same work on another layout, or without communication."""
-        return Point(sizes, self.layers, self.hidden, self.batch, silent)
+        return replace(self, sizes=sizes, silent=silent, microbatch=1 if sizes == ONE else self.microbatch)
 
 
 CURVES: dict[str, dict[float, Point]] = {
@@ -52,7 +54,8 @@ CURVES: dict[str, dict[float, Point]] = {
     "layers at 2,2,2": {n: Point((2, 2, 2), layers=n) for n in (4, 8, 16)},
     "microbatches at pp 8": {n: Point((1, 8, 1), batch=n) for n in (4, 8, 16, 32)},
 }
-SILENT = [Point(sizes, batch=batch) for sizes in ((2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)) for batch in (8, 32)]
+SILENT = [Point(sizes, batch=batch, microbatch=size) for sizes, size in (
+    ((2, 2, 2), 1), ((2, 2, 2), 2), ((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 1, 8), 1)) for batch in (8, 32)]
 
 
 def measure(points: list[Point], repeat: int, steps: int) -> dict[Point, list[float]]:
@@ -78,12 +81,12 @@ def lines(found: dict[Point, list[float]]) -> list[str]:
 def floor_lines(found: dict[Point, list[float]]) -> list[str]:
     """Every layout beside the same ranks that carry nothing, and beside one process, as Markdown."""
     middle = {point: statistics.median(values) for point, values in found.items()}
-    out = ["| tp,pp,dp | batch | tokens/s | silent ranks | of silent | of one process |"]
-    out.append("|---|---|---|---|---|---|")
+    out = ["| tp,pp,dp | batch (microbatch) | tokens/s | silent ranks | of silent | of one process |", "|---" * 6 + "|"]
     for point in SILENT:
         silent = point.beside(point.sizes, silent=True)
         ratios = [a / b for a, b in zip(found[point], found[silent], strict=True)]  # neighbours in time
-        out.append(f"| {','.join(map(str, point.sizes))} | {point.batch} | {spread(found[point], '.0f')} | "
+        batch = f"{point.batch} ({point.microbatch})" if point.sizes[1] > 1 else point.batch
+        out.append(f"| {','.join(map(str, point.sizes))} | {batch} | {spread(found[point], '.0f')} | "
                    f"{spread(found[silent], '.0f')} | {spread(ratios, '.2f')} | "
                    f"{middle[point] / middle[point.beside(ONE)]:.2f} |")
     return out
@@ -114,7 +117,7 @@ def main() -> None:
     grown = [] if args.floor else [point for curve in CURVES.values() for point in curve.values()]
     points = [p for point in [*SILENT, *grown] for p in (point, point.beside(ONE))]
     points += [point.beside(point.sizes, silent=True) for point in SILENT]
-    points = sorted(set(points), key=lambda p: (p.batch, p.hidden, p.layers, p.sizes, p.silent))
+    points = sorted(set(points), key=lambda p: (p.batch, p.hidden, p.layers, p.sizes, p.microbatch, p.silent))
     found = measure(points, args.repeat, args.steps)
     facts = machine_facts(argparse.Namespace(batch=f"{BATCH} where not said", steps=args.steps, repeat=args.repeat))
     if args.floor:

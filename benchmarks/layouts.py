@@ -6,9 +6,9 @@
 Every configuration is an `mpirun` of its own that trains a few steps; they take turns within a repetition, so that a
 disturbance of the machine hits them alike, every other repetition backwards. A layout is written tp,pp,dp. All train
 the same GPT in fp32 from the same first weights on the same tokens with fused AdamW and clipping, and a run whose
-losses are not those of hpcpar's one process counts as failed; with a pipeline a microbatch is one sequence, else a
-replica's whole batch. The peers (benchmarks/peers/) live in an environment of their own, .venv-peers
-(benchmarks/peers.txt), which `make bench` makes.
+losses are not those of hpcpar's one process counts as failed. A microbatch is a replica's whole batch, with a pipeline
+one sequence; where a replica has more sequences than stages, two are tried as well. The peers (benchmarks/peers/) live
+in an environment of their own, .venv-peers (benchmarks/peers.txt), which `make bench` makes.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ class Candidate(NamedTuple):
     zero: int | None = None  # where the program leaves a choice of what is sharded over dp
     name: str = ""  # what the program is there, if more is to be said
     schedule: str = "1f1b"  # hpcpar's, of a pipeline
+    microbatch: int = 1  # sequences, of a pipeline
 
     def __str__(self) -> str:
         more = f" ZeRO-{self.zero}" if self.zero else f" {self.schedule}" if self.schedule != "1f1b" else ""
-        return (self.name or self.program) + more
+        return (self.name or self.program) + more + f", microbatch {self.microbatch}" * (self.microbatch > 1)
 
 
 ONE: Sizes = (1, 1, 1)
 CANDIDATES = [
     *(Candidate("hpcpar", ONE), Candidate("plain", ONE, name="plain PyTorch"),
       Candidate("accelerate", ONE, name="transformers + Accelerate")),
-    *(Candidate("hpcpar", (2, 2, 2)), Candidate("plain", (2, 2, 2), name="DTensor + Schedule1F1B + all-reduce")),
+    *(Candidate(program, (2, 2, 2), name=name, microbatch=n) for n in (1, 2)
+      for program, name in (("hpcpar", ""), ("plain", "DTensor + Schedule1F1B + all-reduce"))),
     *(Candidate("hpcpar", (8, 1, 1)), Candidate("plain", (8, 1, 1), name="DTensor")),
     *(Candidate("hpcpar", (1, 8, 1), schedule="zero-bubble"), Candidate("hpcpar", (1, 8, 1)),
       Candidate("plain", (1, 8, 1), name="Schedule1F1B"),
@@ -76,6 +78,7 @@ def start(candidate: Candidate, args: argparse.Namespace, profile: bool = False,
     size = math.prod(sizes)
     environment.pop("OMP_NUM_THREADS", None)  # hpcpar divides the cores itself
     words = [*(str(n) for n in sizes), "--batch", str(args.batch), "--steps", str(args.steps)]
+    words += ["--microbatch", str(candidate.microbatch)]
     if candidate.program == "hpcpar":
         zero = {} if candidate.zero is None else {"zero": candidate.zero}
         options = json.dumps({"schedule": candidate.schedule, **zero, **json.loads(args.options)})
@@ -152,13 +155,13 @@ def lines(runs: Runs) -> list[str]:
     """The table, as Markdown: every program beside hpcpar on its layout, with the same ZeRO where there is a choice."""
     speeds = {c: {run["repetition"]: run["tokens_per_s"] for run in found} for c, found in runs.items()}
     limit = max(statistics.median(speeds[c].values()) for c in runs if c.sizes == ONE and speeds[c])
-    own = {(c.sizes, zero): c for c in reversed(runs) if c.program == "hpcpar" for zero in (c.zero, None)}
+    own = {(c.sizes, c.microbatch, zero): c for c in reversed(runs) if c.program == "hpcpar" for zero in (c.zero, None)}
     out = ["| tp,pp,dp | program | tokens/s | of the limit | hpcpar over it | peak MiB a rank | kept between steps |",
            "|---" * 7 + "|"]
     for candidate, found in runs.items():
         cells = [",".join(map(str, candidate.sizes)), str(candidate)]
         if found:
-            mine, ours = speeds[candidate], speeds[own[candidate.sizes, candidate.zero]]
+            mine, ours = speeds[candidate], speeds[own[candidate.sizes, candidate.microbatch, candidate.zero]]
             ratios = [ours[k] / mine[k] for k in ours.keys() & mine.keys()]
             memory = [[max(rank[kind] for rank in run["memory"]) / 2**20 for run in found] for kind in ("peak", "kept")]
             cells += [spread([*mine.values()], ".0f"), f"{statistics.median(mine.values()) / limit:.2f}",
@@ -193,7 +196,7 @@ def profile(args: argparse.Namespace) -> None:
         "reduce": ["reduce"], "reduce waits": ["reduce wait"], "update": ["update"], "gather waits": ["update wait"],
         "other": ["begin", "between", "begin wait", "between wait"],
     }
-    result = start(Candidate("hpcpar", args.profile), args, profile=True)
+    result = start(Candidate("hpcpar", args.profile, microbatch=args.microbatch), args, profile=True)
     print(f"tp,pp,dp {args.profile}, batch {args.batch}: {result['seconds_per_step']:.3f} s a step; "
           f"wall/CPU milliseconds a step\n")
     print("| rank | " + " | ".join(columns) + " | all |\n" + "|---" * (len(columns) + 2) + "|")
@@ -222,6 +225,7 @@ def main() -> None:
     parser.add_argument("--options", default="{}", help="JSON of hpcpar [layout] options to try")
     parser.add_argument("--model", default="{}", help="JSON of hpcpar [model] options other than the benchmark's")
     parser.add_argument("--silent", action="store_true", help="hpcpar's ranks make their calls, but nothing is carried")
+    parser.add_argument("--microbatch", type=int, default=1, help="sequences, of a profiled pipeline")
     parser.add_argument("--rank", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:

@@ -89,7 +89,8 @@ def hpcpars_job(sizes: Sizes, args: argparse.Namespace) -> Job:
     """Return the resolved job that hpcpar trains on a layout."""
     tp, pp, dp = sizes
     model = {"kind": "gpt", "layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "seq": SEQ, "vocab": VOCAB}
-    train = {"global_batch": args.batch, "microbatch": 1 if pp > 1 else args.batch // dp, "precision": "fp32"}
+    train = {"global_batch": args.batch, "microbatch": args.microbatch if pp > 1 else args.batch // dp,
+             "precision": "fp32"}
     optim = {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "clip": CLIP}
     options = {"tp": tp, "pp": pp, "dp": dp, **json.loads(args.options)}
     job = override(Job(), model={**model, **json.loads(args.model)}, train=train, optim=optim, layout=options)

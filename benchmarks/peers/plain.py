@@ -55,7 +55,7 @@ class Plain:
     """A rank of the plain program."""
 
     def __init__(self, work: Work, weights: Weights, make_schedule: Callable[..., Any] = Schedule1F1B):
-        tp, pp, dp, _, self.batch = work
+        tp, pp, dp, _, self.batch, size = work
         self.mesh = init_device_mesh("cpu", (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
         self.tp, self.pp, self.dp, self.own_batch = tp, pp, dp, work.own_batch
         self.dp_rank = self.mesh.get_local_rank("dp")
@@ -65,19 +65,19 @@ class Plain:
             apply_tensor_parallelism(self.stage, self.mesh["tp"])
         self.tied: Tensor | None = None
         if pp > 1:
-            self._open_pipeline(pp_rank, make_schedule)
+            self._open_pipeline(pp_rank, size, make_schedule)
         self.model: nn.Module = DistributedDataParallel(self.stage) if dp > 1 and tp * pp == 1 else self.stage
         self.optimizer = adamw(self.stage)
 
-    def _open_pipeline(self, pp_rank: int, make_schedule: Callable[..., Any]) -> None:
-        """Make the schedule, and the group of the two stages that hold the tied embedding."""
+    def _open_pipeline(self, pp_rank: int, size: int, make_schedule: Callable[..., Any]) -> None:
+        """Make the schedule of microbatches of a size, and the group of the two stages with the tied embedding."""
         # shapes are given: finding them out by a trial run hangs where stages hold DTensors (torch 2.13 on gloo)
-        between = torch.empty(1, SEQ // self.tp, HIDDEN, requires_grad=True)
-        takes = torch.empty(1, SEQ, dtype=torch.int64) if self.stage.first else between
-        gives = torch.empty(1, SEQ, VOCAB // self.tp, requires_grad=True) if self.stage.last else between
+        between = torch.empty(size, SEQ // self.tp, HIDDEN, requires_grad=True)
+        takes = torch.empty(size, SEQ, dtype=torch.int64) if self.stage.first else between
+        gives = torch.empty(size, SEQ, VOCAB // self.tp, requires_grad=True) if self.stage.last else between
         stage = PipelineStage(self.stage, pp_rank, self.pp, torch.device("cpu"), group=self.mesh.get_group("pp"),
                               input_args=(takes,), output_args=(gives,))
-        self.schedule = make_schedule(stage, self.own_batch, loss_fn=self.loss)
+        self.schedule = make_schedule(stage, self.own_batch // size, loss_fn=self.loss)
         ranks = self.mesh.mesh[[0, -1]].flatten(1).T.tolist()  # of every (dp, tp): its rank on the two end stages
         self.ends, _ = dist.new_subgroups_by_enumeration(ranks)
         if self.stage.first or self.stage.last:

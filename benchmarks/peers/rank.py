@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("weights", help="hpcpar's first weights by name (torch.save)")
     parser.add_argument("--zero", type=int, default=0, choices=range(4), help="what is sharded over dp")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--microbatch", type=int, default=1, help="sequences, of a pipeline")
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     rank, size = os.environ.get("PMI_RANK", "0"), os.environ.get("PMI_SIZE", "1")
@@ -35,7 +36,7 @@ def main() -> None:
     if size != "1":
         os.environ["LOCAL_RANK"] = rank
     dist.init_process_group("gloo")
-    program, work = import_module(PROGRAMS[args.program]), Work(*args.sizes, args.zero, args.batch)
+    program, work = import_module(PROGRAMS[args.program]), Work(*args.sizes, args.zero, args.batch, args.microbatch)
     step = program.open_program(work, torch.load(args.weights, mmap=True))
     seconds, losses = timed(step, dist.barrier, args.steps)
     mine = losses, peak_memory(lambda: step(WARM_UP + args.steps))

@@ -27,6 +27,7 @@ class Work(NamedTuple):
     dp: int
     zero: int  # what is sharded over dp, where the program leaves a choice
     batch: int  # sequences a step, over all replicas
+    microbatch: int  # sequences, of a pipeline
 
     @property
     def own_batch(self) -> int:
