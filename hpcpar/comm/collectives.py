@@ -89,19 +89,20 @@ def all_gather_sequence(x: Tensor, group: Group) -> Tensor:
 
     Cost: (n-1)/n of the result's bytes.
     """
-    shape = (dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+    batch = x.shape[0]
+    shape = (group.size() * batch, *x.shape[1:])
     gathered = lent(shape, x, group, common=True)
     if gathered is None:
         gathered, own = x.new_empty(shape), x.contiguous()
     else:
-        own = gathered.unflatten(0, (-1, x.shape[0]))[dist.get_rank(group)].copy_(x)
+        own = gathered[group.rank() * batch:][:batch].copy_(x)
     gather_flat(gathered, own, group)
     return gathered
 
 
 def reduce_scatter_sequence(x: Tensor, group: Group) -> Tensor:
     """[n batch, seq/n, hidden] partial sums -> [batch, seq/n, hidden], each rank its tokens. Cost as all-gather."""
-    out = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     reduce_scatter_flat(out, x.contiguous(), group)
     return out
 

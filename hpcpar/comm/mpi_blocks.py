@@ -18,6 +18,10 @@ from .mpi_lanes import Lanes
 _MOST = 63  # blocks: the bits of a word, without its sign
 
 
+def _nobody() -> None:
+    """Stand for who has died: a block that was lent to nobody."""
+
+
 class Blocks:
     """A group's blocks, numbered alike on all ranks, which all borrow in one order with no turn under way."""
 
@@ -25,12 +29,12 @@ class Blocks:
         """`make(num_bytes, common)`: new memory for the group, called by all ranks, or None for all."""
         self._make, self._may_grow = make, True
         self._blocks: list[tuple[Tensor, bool]] = []  # bytes; whether they are the same for all ranks
-        self._out: set[int] = set()  # lent here: a set, as blocks come back whenever a tensor dies
+        self._lent: list[Callable[[], object]] = []  # of each block, what it was lent as here while that lives
         self._lent_since = (0, 0)  # a turn's number, and the blocks lent after it
 
     def free(self) -> int:
         """Return the numbers of what is not lent here, as bits: the word for the lanes."""
-        return (1 << len(self._blocks)) - 1 - sum(1 << number for number in list(self._out))
+        return sum(1 << number for number, lent in enumerate(self._lent) if lent() is None)
 
     def lend(self, num_bytes: int, common: bool, lanes: Lanes) -> Tensor | None:
         """Return bytes of old or new memory, with whatever lies there; None for all ranks where there are none."""
@@ -45,9 +49,8 @@ class Blocks:
         if number is None:
             return None
         self._lent_since = lanes.num_taken, lent | 1 << number
-        self._out.add(number)
         memory = self._blocks[number][0].numpy()[:num_bytes]  # an object of its own, which the tensor keeps
-        weakref.finalize(memory, self._out.discard, number).atexit = False
+        self._lent[number] = weakref.ref(memory)
         return torch.from_numpy(memory)
 
     def _grow(self, num_bytes: int, common: bool) -> int | None:
@@ -58,5 +61,6 @@ class Blocks:
             self._may_grow = False
             return None
         self._blocks.append((memory, common))
+        self._lent.append(_nobody)
         self._may_grow = len(self._blocks) < _MOST
         return len(self._blocks) - 1

@@ -87,21 +87,16 @@ class Lanes:
         self.advance()
         return Ticket(self, self._num_begun)
 
-    @property
-    def idle(self) -> bool:
-        """Whether every turn that was begun is taken."""
-        return not self._waiting
-
     def advance(self) -> None:
         """Go on with what has begun as far as that goes without waiting."""
-        while self._arrive() or self._take():
+        while self._waiting and (self._arrive() or self._take()):
             pass
 
     def _arrive(self) -> bool:
-        index = self._num_arrived - self.num_taken
-        if index == len(self._waiting):
+        if self._num_arrived == self._num_begun:
             return False
-        turn, number = self._waiting[index], self._num_arrived + 1
+        index, number = self._num_arrived - self.num_taken, self._num_arrived + 1
+        turn = self._waiting[index]
         if turn.chained and index:
             return False
         if min(self._taken.tolist()) < number - (2 if turn.put else _LINE):  # others still need what is there
@@ -161,8 +156,7 @@ class Ticket:
     last: int
 
     def Test(self, status: object = None) -> bool:
-        """Go on; return whether the last turn is over."""
-        self.lanes.advance()
+        """Return whether the last turn is over; what goes on with it is `Lanes.advance`."""
         return self.lanes.is_over(self.last)
 
 

@@ -14,16 +14,20 @@ _FOLDER = Path("/dev/shm")
 
 
 class Fence:
-    """Orders all that was read and written before a call against all that comes after: a release, then an acquire."""
+    """Orders all that was read and written before a call against all that comes after: a release, then an acquire.
+
+    Python has no other portable one. One thread at a time calls.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        lock = threading.Lock()
+        lock.acquire()
+        self._release, self._acquire = lock.release, lock.acquire
 
     def __call__(self) -> None:
-        """Be a full fence: Python has no other portable one."""
-        for _ in range(2):
-            with self._lock:
-                pass
+        """Be a full fence: the acquire comes after the release, for it is of the same lock."""
+        self._release()
+        self._acquire()
 
 
 def map_together(comm: MPI.Comm, num_bytes: int, spare: float = 0.0) -> mmap.mmap | None:

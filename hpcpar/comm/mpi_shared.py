@@ -242,10 +242,12 @@ def _reduce(out: Tensor, parts: list[Tensor], op: dist.ReduceOp) -> None:
     combine = _COMBINE[op.op]
     wide = torch.float32 if out.dtype in (torch.bfloat16, torch.float16) else out.dtype
     for low in range(0, out.numel(), _BLOCK):
-        blocks = [part[low:low + _BLOCK].to(wide) for part in parts]
-        total = combine(blocks[0], blocks[1])
-        for block in blocks[2:]:
-            combine(total, block, out=total)
+        first, *blocks, last = [part[low:low + _BLOCK].to(wide) for part in parts]
+        total, target = first, out[low:low + _BLOCK]
+        for block in blocks:
+            total = combine(total, block, out=None if total is first else total)
+        total = combine(total, last, out=target if out.dtype == wide else None)  # only now: `target` may be a block
         if op.op == _Op.AVG:
             total /= len(parts)
-        out[low:low + _BLOCK].copy_(total)
+        if total is not target:
+            target.copy_(total)

@@ -81,10 +81,9 @@ class Home:
             everyone.Free()
 
     def progress(self) -> None:
-        """Go on with whatever is in flight elsewhere than in what this rank waits for."""
+        """Go on with whatever is in flight."""
         for lanes in self.lanes:
-            if not lanes.idle:
-                lanes.advance()
+            lanes.advance()
         if self.mail:
             self.mail.progress()
         self.world.Iprobe()  # MPI goes on in every call
@@ -111,9 +110,7 @@ class MPIWork(dist.Work):
         """`number`: the observer's. `peer`: the other global rank of a message, -1 for a collective."""
         super().__init__()
         self._home, self._number, self._peer = home, number, peer
-        self._requests = [step[0] for step in steps]
-        self._finish = [step[1] for step in steps if step[1]]
-        self._buffers: list[object] = [step[2] for step in steps]
+        self._steps, self._requests = steps, [step[0] for step in steps]
         self._outputs, self._timeout, self._in_flight = outputs, timeout, in_flight
         in_lanes = all(isinstance(request, Ticket) for request in self._requests)
         from_here = peer in home.on_host and peer != home.world.rank  # one's own rank stands for anyone
@@ -139,9 +136,10 @@ class MPIWork(dist.Work):
             raise
         if self._requests:
             return False
-        for finish in self._finish:
-            finish()
-        self._finish, self._buffers = [], []
+        for _, finish, _ in self._steps:
+            if finish is not None:
+                finish()
+        self._steps = []
         self._land()
         self._home.observer.end(self._number)
         if not self._home.mail:  # MPI tells the sender now that its message is received
@@ -162,8 +160,9 @@ class MPIWork(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Complete the operation; raise TimeoutError after `timeout` (0: the group's)."""
-        if self._requests:
-            self._home.observer.wait(self._number)
+        if not self._requests:  # torch waits again for what was waited for here
+            return True
+        self._home.observer.wait(self._number)
         timeout_s = (timeout or self._timeout).total_seconds()
         self._home.patience.wait(self.is_completed, timeout_s, self._peer >= 0, self._bells, bool(self._home.unrung))
         return True
