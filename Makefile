@@ -65,7 +65,7 @@ plan-foretold: $(TEST_READY)  ## calibrates on 8 ranks, then the demo's step for
 	$(RANKS) $(BIN)hpcpar calibrate runs/machine.toml
 	$(BIN)python benchmarks/foretold.py runs/machine.toml
 
-bench: $(TEST_READY) .venv-peers/ready  ## hpcpar beside PyTorch, DeepSpeed, Hugging Face; one run, medians, JSON (about 25 minutes)
+bench: $(TEST_READY) .venv-peers/ready  ## hpcpar beside PyTorch, DeepSpeed, Hugging Face; one run, medians, JSON (about 35 minutes)
 	mkdir -p runs
 	$(BIN)python benchmarks/layouts.py --json runs/bench.json $(BENCH)
 

@@ -7,8 +7,8 @@ Every configuration is an `mpirun` of its own that trains a few steps; they take
 disturbance of the machine hits them alike, every other repetition backwards. A layout is written tp,pp,dp. All train
 the same GPT in fp32 from the same first weights on the same tokens with fused AdamW and clipping, and a run whose
 losses are not those of hpcpar's one process counts as failed. A microbatch is a replica's whole batch, with a pipeline
-one sequence; where a replica has more sequences than stages, two are tried as well. The peers (benchmarks/peers/) live
-in an environment of their own, .venv-peers (benchmarks/peers.txt), which `make bench` makes.
+one sequence, at 2,2,2 also two (half of a replica's at the default batch). The peers (benchmarks/peers/) live in an
+environment of their own, .venv-peers (benchmarks/peers.txt), which `make bench` makes.
 """
 
 from __future__ import annotations

@@ -18,10 +18,6 @@ from .mpi_lanes import Lanes
 _MOST = 63  # blocks: the bits of a word, without its sign
 
 
-def _nobody() -> None:
-    """Stand for who has died: a block that was lent to nobody."""
-
-
 class Blocks:
     """A group's blocks, numbered alike on all ranks, which all borrow in one order with no turn under way."""
 
@@ -61,6 +57,6 @@ class Blocks:
             self._may_grow = False
             return None
         self._blocks.append((memory, common))
-        self._lent.append(_nobody)
+        self._lent.append(lambda: None)  # to nobody yet
         self._may_grow = len(self._blocks) < _MOST
         return len(self._blocks) - 1

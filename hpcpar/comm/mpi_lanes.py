@@ -156,7 +156,8 @@ class Ticket:
     last: int
 
     def Test(self, status: object = None) -> bool:
-        """Return whether the last turn is over; what goes on with it is `Lanes.advance`."""
+        """Go on; return whether the last turn is over."""
+        self.lanes.advance()
         return self.lanes.is_over(self.last)
 
 

@@ -16,18 +16,18 @@ _FOLDER = Path("/dev/shm")
 class Fence:
     """Orders all that was read and written before a call against all that comes after: a release, then an acquire.
 
-    Python has no other portable one. One thread at a time calls.
+    Python has no other portable one.
     """
 
     def __init__(self) -> None:
-        lock = threading.Lock()
-        lock.acquire()
-        self._release, self._acquire = lock.release, lock.acquire
+        self._lock = threading.Lock()
 
     def __call__(self) -> None:
-        """Be a full fence: the acquire comes after the release, for it is of the same lock."""
-        self._release()
-        self._acquire()
+        """Be a full fence: the second acquire comes after the first release, for both are of one lock."""
+        with self._lock:
+            pass
+        with self._lock:
+            pass
 
 
 def map_together(comm: MPI.Comm, num_bytes: int, spare: float = 0.0) -> mmap.mmap | None:

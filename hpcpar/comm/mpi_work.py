@@ -81,7 +81,7 @@ class Home:
             everyone.Free()
 
     def progress(self) -> None:
-        """Go on with whatever is in flight."""
+        """Go on with whatever is in flight elsewhere than in what this rank waits for."""
         for lanes in self.lanes:
             lanes.advance()
         if self.mail:

@@ -24,16 +24,10 @@ def test_everyone_who_takes_a_turn_wakes_those_that_have_not() -> None:
     ranks = [Lanes(memory, rank, 4, SLOT, lambda late, own=own: own.append([*late])) for rank, own in enumerate(rung)]
     tickets = [gather(lanes, "all", 0, []) for lanes in ranks]
     assert rung == [[], [], [], [[0, 1, 2], [0, 1, 2]]]  # the last came, and took
-    assert over(tickets[1]) and rung[1] == [[0, 2]]
-    assert over(tickets[0]) and rung[0] == [[2]]
-    assert over(tickets[2]) and rung[2] == [[0, 1, 3]]  # all have taken: who waits for that may go on
+    assert tickets[1].Test() and rung[1] == [[0, 2]]
+    assert tickets[0].Test() and rung[0] == [[2]]
+    assert tickets[2].Test() and rung[2] == [[0, 1, 3]]  # all have taken: who waits for that may go on
     assert [len(each) for each in rung] == [1, 1, 1, 2]
-
-
-def over(ticket: Ticket) -> bool:
-    """Go on; return whether the ticket's turns are over."""
-    ticket.lanes.advance()
-    return ticket.Test()
 
 
 def gather(lanes: Lanes, meaning: str, value: int, got: list[list[int]]) -> Ticket:
@@ -49,8 +43,8 @@ def gather(lanes: Lanes, meaning: str, value: int, got: list[list[int]]) -> Tick
 def test_a_turn_ends_when_both_have_come(pair: list[Lanes]) -> None:
     got: list[list[int]] = []
     first = gather(pair[0], "all", 3, got)
-    assert not over(first) and not got
-    assert over(gather(pair[1], "all", 4, got)) and over(first) and got == [[3, 4], [3, 4]]
+    assert not first.Test() and not got
+    assert gather(pair[1], "all", 4, got).Test() and first.Test() and got == [[3, 4], [3, 4]]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 7])
@@ -58,10 +52,10 @@ def test_a_turn_that_does_not_mean_the_same_to_both_never_ends(pair: list[Lanes]
     got: list[list[int]] = []
     for number in range(ahead):
         one, other = (gather(lanes, "all", number, got) for lanes in pair)
-        assert over(one) and over(other)
+        assert one.Test() and other.Test()
     got.clear()
     tickets = [gather(pair[0], "all", 1, got), gather(pair[1], "other", 1, got), gather(pair[1], "all", 1, got)]
-    assert not any(over(ticket) for _ in range(3) for ticket in tickets) and got == []
+    assert not any(ticket.Test() for _ in range(3) for ticket in tickets) and got == []
 
 
 def test_one_runs_ahead_and_loses_nothing(pair: list[Lanes]) -> None:
@@ -78,13 +72,13 @@ def test_one_runs_ahead_and_loses_nothing(pair: list[Lanes]) -> None:
     fast = both(pair[0])
     slow = both(pair[1])
     for _ in range(20):  # both go on
-        done = [over(ticket) for ticket in [*fast, *slow]]
-    assert all(done)
+        over = [ticket.Test() for ticket in [*fast, *slow]]
+    assert all(over)
     assert sorted(got) == [[n, n] for n in range(10) for _ in pair]
     assert sorted(order) == [n for n in range(10) for _ in pair]
 
 
 def test_who_gives_own_memory_waits_until_it_is_read(pair: list[Lanes]) -> None:
     given = [lanes.begin("sum", [Turn(None, lambda slots: None, held=True)]) for lanes in pair]
-    assert not over(given[1])  # it has read the other's, the other not yet its own
-    assert over(given[0]) and over(given[1])
+    assert not given[1].Test()  # it has read the other's, the other not yet its own
+    assert given[0].Test() and given[1].Test()
