@@ -114,7 +114,7 @@ def _gather(x: Tensor, overlap: Overlap) -> tuple[Tensor, Iterator[int]]:
     """Start to gather x; return where it will lie, and the pieces' numbers as they arrive."""
     own = x.unflatten(1, (overlap.pieces, -1)).transpose(0, 1).contiguous()
     num, batch, *rest = own.shape
-    gathered = own.new_empty(num, dist.get_world_size(overlap.group) * batch, *rest)
+    gathered = own.new_empty(num, overlap.group.size() * batch, *rest)
     works = [gather_flat(gathered[index], own[index], overlap.group, async_op=True) for index in range(num)]
 
     def arrivals() -> Iterator[int]:
@@ -134,7 +134,7 @@ class _Sums:
 
     def start(self, whole: Tensor) -> None:
         """Start to sum the next piece, and to scatter it over the ranks."""
-        out = whole.new_empty(len(whole) // dist.get_world_size(self._group), *whole.shape[1:])
+        out = whole.new_empty(len(whole) // self._group.size(), *whole.shape[1:])
         self._under_way.append((reduce_scatter_flat(out, whole, self._group, async_op=True), out))
 
     def joined(self) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hpcpar.comm.collectives import gather_flat
@@ -55,7 +54,7 @@ def _compare(sums: dict[str, Tensor], group: Group | None, ranks: tuple[int, ...
     if group is None or not sums:
         return ""
     mine = torch.stack(list(sums.values()))
-    everyones = mine.new_empty(dist.get_world_size(group) * len(mine))
+    everyones = mine.new_empty(group.size() * len(mine))
     gather_flat(everyones, mine, group)
     rows = everyones.view(-1, len(mine)).tolist()
     for column, name in enumerate(sums):

@@ -99,7 +99,12 @@ def layer_bytes(job: Job, recompute: str, practice: Practice = TRAINER) -> float
 
 def inputs_bytes(job: Job, first: bool) -> float:
     """Return what a rank's chunks get of one microbatch from other chunks: the pipeline holds it until backward."""
-    return (job.layout.chunks - first) * _full_width(job) / (job.layout.tp if job.layout.cuts_sequence else 1)
+    return (job.layout.chunks - first) * _message(job)
+
+
+def _message(job: Job) -> float:
+    """Return the bytes of a microbatch's activations that a rank hands on to the next stage."""
+    return _full_width(job) / (job.layout.tp if job.layout.cuts_sequence else 1)
 
 
 def _full_width(job: Job) -> int:
@@ -143,8 +148,7 @@ def stage_memory(job: Job, num_layers: int, numel: int, in_flight: float, first:
     seq_cut = dataclasses.replace(model, seq=-(-model.seq // wish.cp)) if wish.cp > 1 else model
     states = state_memory(numel, wish.num_shards * wish.cp, wish.zero_stage, train.precision, practice)
 
-    full_width = _full_width(job)
-    message = full_width / (wish.tp if sequence_parallel else 1)
+    full_width, message = _full_width(job), _message(job)
     logits = logits_bytes(seq_cut, wish.tp, train.microbatch, practice, train.precision) if last else 0.0
     whole = layer_bytes(job, "none", practice)
     if wish.recompute == "offload":
